@@ -1,0 +1,1 @@
+"""Adapters offered for download, their files and manifest."""

@@ -1,0 +1,61 @@
+"""Sessions and transactions over PostgreSQL (SQLAlchemy 2, psycopg 3, sync).
+
+One transaction per request or task, committed at the edge; what must happen only after the commit (a kick) is
+registered with `after_commit` and dropped on rollback.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.orm import Session, sessionmaker
+
+from service.settings import Settings
+
+
+class DatabaseUrlMissing(RuntimeError):
+    """NIBBLE_DATABASE_URL is not set; `nibble up` brings its own server."""
+
+
+def connect(settings: Settings, *, pool_size: int = 10) -> Engine:
+    """Return an engine over the configured database; it connects on first use.
+
+    Raises:
+        DatabaseUrlMissing: no database is configured.
+    """
+    if settings.database_url is None:
+        msg = "NIBBLE_DATABASE_URL is not set: set it, or start with `nibble up`, which brings its own PostgreSQL"
+        raise DatabaseUrlMissing(msg)
+    return create_engine(
+        settings.database_url.get_secret_value(),
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,  # a restarted server costs a new connection, not a failed request
+        connect_args={"connect_timeout": 5, "application_name": "nibble"},
+    )
+
+
+def sessions(engine: Engine) -> sessionmaker[Session]:
+    """Return the factory every edge (request, task, loop) makes its one session from."""
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+@contextmanager
+def transaction(factory: sessionmaker[Session]) -> Iterator[Session]:
+    """One transaction: committed when the block ends well, rolled back when it raises."""
+    with factory() as session, session.begin():
+        yield session
+
+
+def after_commit(session: Session, action: Callable[[], None]) -> None:
+    """Run `action` once, after this session's transaction has committed; a rollback drops it."""
+
+    def run(_: Session) -> None:
+        event.remove(session, "after_rollback", drop)
+        action()
+
+    def drop(_: Session) -> None:
+        event.remove(session, "after_commit", run)
+
+    event.listen(session, "after_commit", run, once=True)
+    event.listen(session, "after_rollback", drop, once=True)

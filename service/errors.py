@@ -1,0 +1,78 @@
+"""What can go wrong in the service, as the API says it.
+
+    ServiceError                 status, type, code, message, param
+    ├── InvalidRequest           400
+    ├── InvalidApiKey            401
+    ├── NotFound                 404
+    ├── TooLarge                 413
+    ├── Unavailable              503, with Retry-After
+    └── StorageFull              507
+
+One handler in `api/errors.py` renders them all in OpenAI's envelope. Workers never raise these to users:
+what fails there ends in a job's `error`.
+"""
+
+from typing import ClassVar
+
+
+class ServiceError(Exception):
+    """The root. `message` is one sentence for a person; `code` is for programs; `param` names the field."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+
+
+class InvalidRequest(ServiceError):
+    """The request is at fault; sending it again changes nothing."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidApiKey(ServiceError):
+    """No key, or one we do not know."""
+
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+
+class NotFound(ServiceError):
+    """There is no such thing in the caller's project (another project's things do not exist for it)."""
+
+    status = 404
+    type = "invalid_request_error"
+    default_code = "not_found"
+
+
+class TooLarge(ServiceError):
+    """The body is over a stated limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    default_code = "file_too_large"
+
+
+class Unavailable(ServiceError):
+    """A server we stand on does not answer just now; the same call may succeed soon."""
+
+    status = 503
+    type = "server_error"
+    default_code = "service_unavailable"
+
+
+class StorageFull(ServiceError):
+    """There is no room for what was sent."""
+
+    status = 507
+    type = "server_error"
+    default_code = "insufficient_storage"

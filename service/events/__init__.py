@@ -1,0 +1,1 @@
+"""A job's story: events and metrics, numbered by `seq` without gaps or late arrivals."""

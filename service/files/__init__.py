@@ -1,0 +1,1 @@
+"""Uploaded and produced files: rows here, bytes in `service.storage`."""

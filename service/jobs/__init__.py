@@ -1,0 +1,1 @@
+"""Fine-tuning jobs: creating, reading, and the state machine (`state.move` alone writes a status)."""

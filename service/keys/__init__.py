@@ -1,0 +1,1 @@
+"""API keys: made once, shown once, stored hashed."""

@@ -1,0 +1,1 @@
+"""The catalog of base models, and the fine-tuned ones that jobs made."""

@@ -1,0 +1,88 @@
+"""Every setting of the service, read from `NIBBLE_…` variables (and a `.env` file in the working directory).
+
+The one trap: `database_url` and `redis_url` are None until the launcher has started its own servers; the
+processes it starts get both through their environment.
+"""
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+def _data_home() -> Path:
+    return Path.home() / ".local" / "share"
+
+
+class Settings(BaseSettings):
+    """Where things are and how much of them; each field is also a variable, `NIBBLE_` + its name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="NIBBLE_", env_file=".env", extra="ignore", frozen=True
+    )
+
+    data_dir: Path = Field(default_factory=lambda: _data_home() / "nibble")
+    """Blobs, attempts' folders, embedded servers' data, the first API key."""
+    database_url: SecretStr | None = None
+    """postgresql+psycopg://…; `postgresql://` and `postgres://` are understood too."""
+    redis_url: SecretStr | None = None
+    """redis://…, or redis+socket:///path for a Unix socket."""
+    storage_url: str | None = None
+    """Where blobs live: file:///folder (the default is data_dir/blobs), s3://…, gs://…, az://…."""
+    models_file: Path = Path("models.toml")
+    """The catalog of base models; relative folders in it are relative to the file."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    organization_id: str = "org-nibble"
+    log_level: str = "INFO"
+
+    max_upload_bytes: int = Field(default=512_000_000, ge=1)
+    min_free_bytes: int = Field(default=200_000_000, ge=0)
+    """An upload that would leave less free disk than this is refused (507)."""
+    max_waiting_jobs: int = Field(default=1_000, ge=1)
+    """Per project: jobs that are validated or wait; one more is refused (429)."""
+
+    lease_s: float = Field(default=120.0, gt=0)
+    renew_s: float = Field(default=15.0, gt=0)
+    poll_s: float = Field(default=30.0, gt=0)
+    """How often a worker looks for work without being kicked."""
+    reap_s: float = Field(default=10.0, gt=0)
+    """How often the API process looks for ended leases and for work that nobody took."""
+    stop_grace_s: float = Field(default=30.0, gt=0)
+    max_attempts: int = Field(default=3, ge=1)
+    """A job whose worker was lost this often fails with worker_lost."""
+    train_slots: int | None = Field(default=None, ge=0)
+    """Training slots of a worker: None is one per GPU, or one on the CPU where there is no GPU."""
+    validate_slots: int = Field(default=1, ge=0)
+
+    @field_validator("database_url")
+    @classmethod
+    def _psycopg_3(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        url = value.get_secret_value()
+        for scheme in ("postgresql://", "postgres://"):
+            if url.startswith(scheme):
+                url = "postgresql+psycopg://" + url.removeprefix(scheme)
+        return SecretStr(url)
+
+    @field_validator("data_dir", "models_file")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def blobs_url(self) -> str:
+        """The storage URL in force."""
+        return self.storage_url or f"file://{self.data_dir / 'blobs'}"
+
+    @property
+    def attempts_dir(self) -> Path:
+        """The folder of attempts' folders: `attempts_dir / job_id / str(attempt_no)`."""
+        return self.data_dir / "attempts"
+
+    @property
+    def first_key_file(self) -> Path:
+        """Where the first API key is kept, mode 0600."""
+        return self.data_dir / "first-api-key"
