@@ -1,0 +1,1 @@
+"""Running Nibble on one machine: start it, show it, examine it, save and restore it."""
