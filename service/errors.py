@@ -2,9 +2,11 @@
 
     ServiceError                 status, type, code, message, param
     ├── InvalidRequest           400
+    │   └── IdempotencyKeyReused 400, never to be retried
     ├── InvalidApiKey            401
     ├── NotFound                 404
     ├── TooLarge                 413
+    ├── TooManyJobs              429, never to be retried by itself
     ├── Unavailable              503, with Retry-After
     └── StorageFull              507
 
@@ -21,10 +23,10 @@ class ServiceError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     default_code: ClassVar[str | None] = None
+    should_retry: ClassVar[bool | None] = None
+    """The `x-should-retry` header, which the SDKs obey; None: it is not sent, and the status decides."""
 
-    def __init__(
-        self, message: str, *, param: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
@@ -36,6 +38,13 @@ class InvalidRequest(ServiceError):
 
     status = 400
     type = "invalid_request_error"
+
+
+class IdempotencyKeyReused(InvalidRequest):
+    """The same `Idempotency-Key` came with another body."""
+
+    default_code = "idempotency_key_reused"
+    should_retry = False
 
 
 class InvalidApiKey(ServiceError):
@@ -60,6 +69,15 @@ class TooLarge(ServiceError):
     status = 413
     type = "invalid_request_error"
     default_code = "file_too_large"
+
+
+class TooManyJobs(ServiceError):
+    """The project has as many waiting jobs as it may have; a retry within seconds would not help."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "too_many_waiting_jobs"
+    should_retry = False
 
 
 class Unavailable(ServiceError):

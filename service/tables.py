@@ -7,7 +7,16 @@ carries the fence (`attempt_no`, and that the job is leased and still in the sta
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, CheckConstraint, DateTime, ForeignKey, Index, MetaData, Text, text
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    MetaData,
+    Text,
+    text,
+)
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -78,7 +87,9 @@ class File(Base):
     blob_key: Mapped[str]
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None]
-    deleted_at: Mapped[datetime | None]  # the blob outlives the row's visibility while a live job needs it
+    deleted_at: Mapped[
+        datetime | None
+    ]  # the blob outlives the row's visibility while a live job needs it
 
 
 class Job(Base):
@@ -188,10 +199,13 @@ class Adapter(Base):
     """LoRA weights offered for download: the last ones of a job, or a checkpoint's."""
 
     __tablename__ = "adapters"
+    __table_args__ = (
+        Index("uq_adapters_attempt_step", "job_id", "attempt_no", "step_number", unique=True),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     attempt_no: Mapped[int]
     step_number: Mapped[int]
     files: Mapped[list[Any]]  # [{name, bytes, sha256, blob_key}], sorted by name, manifest included
