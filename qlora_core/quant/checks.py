@@ -1,0 +1,50 @@
+"""Checks of tensors at the operations' edge; kernels check nothing themselves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_core.errors import ConfigError, DtypeError, LayoutError, NonFiniteError
+from qlora_core.quant.codebook import BLOCK_SIZES
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_dtype(wanted: torch.dtype, **tensors: Tensor) -> None:
+    """Refuse tensors of another dtype than ``wanted``; raises DtypeError."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != wanted:
+            raise DtypeError(f"{name} must be {wanted}, not {tensor.dtype}")
+
+
+def check_float(dtype: torch.dtype, name: str) -> None:
+    """Refuse any dtype but float16, bfloat16 and float32; raises DtypeError."""
+    if dtype not in FLOATS:
+        raise DtypeError(f"{name} must be float16, bfloat16 or float32, not {dtype}")
+
+
+def check_layout(**tensors: Tensor) -> None:
+    """Refuse non-contiguous tensors and tensors on different devices; raises LayoutError."""
+    first_name, first = next(iter(tensors.items()))
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise LayoutError(f"{name} must be contiguous")
+        if tensor.device != first.device:
+            raise LayoutError(
+                f"{name} is on {tensor.device}, but {first_name} is on {first.device}"
+            )
+
+
+def check_block_size(block_size: int) -> None:
+    """Refuse a block size the format does not have; raises ConfigError."""
+    if block_size not in BLOCK_SIZES:
+        raise ConfigError(
+            f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}"
+        )
+
+
+def check_scales_finite(absmax: Tensor, name: str) -> None:
+    """Refuse a tensor whose scales show NaN or infinity in it; raises NonFiniteError."""
+    if not bool(torch.isfinite(absmax).all()):
+        raise NonFiniteError(f"{name} holds NaN or infinity; only finite weights can be quantized")

@@ -1,0 +1,1 @@
+"""NF4: four-bit codes with one scale (absmax) per block of consecutive elements."""

@@ -1,0 +1,77 @@
+"""NF4 in plain PyTorch: the specification that every faster path is held to, bit for bit.
+
+Slow on purpose where slowness makes it plain. Source: QLoRA, arXiv:2305.14314, section 3 and
+appendix E; packing and tie rules as in docs/formats/nf4.md.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlora_core.quant.codebook import nf4_levels, nf4_thresholds
+
+# Below this scale 1 / absmax could overflow, so such blocks are lifted by a power of two, which is
+# exact and therefore changes no code of any other block.
+_TINY = 2.0**-100
+_LIFT = 2.0**64
+
+
+def quantize_nf4(values: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """Turn floats into NF4 codes and one scale per block of consecutive elements.
+
+    Args:
+        values: float16, bfloat16 or float32 of any shape, taken row-major; n elements, all finite.
+        block_size: elements per scale; the last block may be shorter.
+
+    Returns:
+        packed uint8 [ceil(n / 2)], element 2j in the high nibble of byte j (a missing last odd
+        element counts as zero), and absmax float32 [ceil(n / block_size)].
+    """
+    flat = values.reshape(-1).float()
+    n = flat.numel()
+    blocks = F.pad(flat, (0, -n % block_size)).view(-1, block_size)
+    absmax = blocks.abs().amax(dim=1)
+
+    lift, inverse = block_factors(absmax)
+    scaled = blocks * lift[:, None] * inverse[:, None]
+    below = scaled[..., None] > nf4_thresholds(values.device)
+    codes = below.sum(dim=-1).to(torch.uint8).view(-1)[: n + n % 2]
+    return (codes[0::2] << 4) | codes[1::2], absmax
+
+
+def block_factors(absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the two factors, float32 [blocks], that bring each block into [-1, 1] one after the other.
+
+    The first is 1 but for blocks so small that the second, the reciprocal, would overflow. A block
+    of zeros stays zero.
+    """
+    lift = torch.where(absmax < _TINY, _LIFT, 1.0)
+    return lift, 1.0 / torch.where(absmax == 0, 1.0, absmax * lift)
+
+
+def unpack_codes(packed: Tensor, n: int) -> Tensor:
+    """Give the n four-bit codes of ``packed`` as uint8 [n], in the order of the elements."""
+    return torch.stack((packed >> 4, packed & 0x0F), dim=1).view(-1)[:n]
+
+
+def dequantize_nf4(
+    packed: Tensor, absmax: Tensor, *, n: int, block_size: int, dtype: torch.dtype
+) -> Tensor:
+    """Turn NF4 codes back into floats: ``out[i] = level[code[i]] * absmax[i // block_size]``.
+
+    The product is taken in float32 and rounded once to ``dtype``.
+
+    Args:
+        packed: uint8 [ceil(n / 2)].
+        absmax: float32 [ceil(n / block_size)].
+        n: number of elements.
+        block_size: elements per scale.
+        dtype: of the result.
+
+    Returns:
+        dtype [n].
+    """
+    levels = nf4_levels(packed.device)[unpack_codes(packed, n).int()]
+    return (levels * absmax.repeat_interleave(block_size)[:n]).to(dtype)

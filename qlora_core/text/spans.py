@@ -1,0 +1,150 @@
+"""Where in a rendered conversation the assistant speaks, found by rendering prefixes, not by searching.
+
+What the model must learn to write at turn ``i`` is what the template adds after the generation prompt
+of the messages before it: ``full[len(render(m[:i], prompt)) : len(render(m[:i + 1]))]``.
+
+Some templates write a turn differently once others follow (Qwen3 drops the reasoning of earlier turns),
+so that a prefix of the messages does not render to a prefix of the text. Then a boundary is found by
+changing one message's content and looking where the text changes; the turn is known to end at the first
+stop token before the next message's content. Where that does not settle it either, the example is
+refused: a mask is never guessed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_core.text.formats import ExampleError
+from qlora_core.text.template import ChatTemplate, TemplateError
+
+Message = dict[str, Any]
+
+# Two, with different first letters: one of them differs from any content in its first letter.
+_REPLACEMENTS = ("Azure", "Brown")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters ``[start, end)`` of the text that one assistant message produced.
+
+    ``exact`` is False where ``end`` reaches into the next message's header; the turn then ends at the
+    first stop token inside the span.
+    """
+
+    message: int
+    start: int
+    end: int
+    exact: bool
+
+
+def assistant_spans(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    trained: Sequence[bool],
+    *,
+    tools: Sequence[Message] | None,
+) -> tuple[str, list[Span]]:
+    """Render the conversation and locate the messages marked in ``trained``.
+
+    Returns:
+        The whole text, and a span for each trained message, in order, not overlapping.
+
+    Raises:
+        TemplateError: the template refuses the messages.
+        ExampleError: ``template_not_prefix``: a trained turn cannot be located.
+    """
+    conversation = _Conversation(template, messages, tools)
+    spans = [conversation.span(index) for index, wanted in enumerate(trained) if wanted]
+    for before, after in itertools.pairwise(spans):
+        if after.start < before.end and before.exact:
+            raise _unlocated(after.message)
+    return conversation.full, spans
+
+
+@dataclass(frozen=True)
+class _Conversation:
+    template: ChatTemplate
+    messages: Sequence[Message]
+    tools: Sequence[Message] | None
+    full: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full", self._render(self.messages))
+
+    def span(self, index: int) -> Span:
+        start = self._start(index)
+        if index + 1 == len(self.messages):
+            return Span(index, start, len(self.full), exact=True)
+        end = self._prefix_end(index + 1)
+        if end is not None and end >= start:
+            return Span(index, start, end, exact=True)
+        overshoot = self._content_start(index + 1)
+        if overshoot is None or overshoot < start:
+            raise _unlocated(index)
+        return Span(index, start, overshoot, exact=False)
+
+    def _start(self, index: int) -> int:
+        """Return where the generation prompt of the messages before ``index`` ends."""
+        try:
+            prompt = self._render(self.messages[:index], add_generation_prompt=True)
+        except TemplateError:
+            prompt = ""  # no template is written for a conversation that the assistant opens
+        if prompt and self.full.startswith(prompt):
+            return len(prompt)
+        # The prompt may hold more than the turn shows (an opened <think>): take what they share.
+        before = self._prefix_end(index) if prompt else None
+        if before is not None:
+            return _shared_length(self.full, prompt)
+        start = self._content_start(index)
+        if start is None or self.messages[index].get("tool_calls"):
+            raise _unlocated(index)
+        return start
+
+    def _prefix_end(self, count: int) -> int | None:
+        """Return how far the first ``count`` messages reach, None where they render differently."""
+        try:
+            prefix = self._render(self.messages[:count])
+        except TemplateError:
+            return None
+        return len(prefix) if prefix and self.full.startswith(prefix) else None
+
+    def _content_start(self, index: int) -> int | None:
+        """Return where the content of a message begins: where the text changes with it."""
+        if not self.messages[index].get("content"):
+            return None
+        starts: list[int] = []
+        for content in _REPLACEMENTS:
+            changed = [*self.messages]
+            changed[index] = {**changed[index], "content": content}
+            starts.append(_shared_length(self.full, self._render(changed)))
+        return min(starts)
+
+    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+        return self.template.render(
+            messages, tools=self.tools, add_generation_prompt=add_generation_prompt
+        )
+
+
+def _shared_length(left: str, right: str) -> int:
+    """Return how many characters two texts begin with in common."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _unlocated(index: int) -> ExampleError:
+    return ExampleError(
+        "template_not_prefix",
+        f"{{example}}, message {index + 1} cannot be located in the rendered conversation: the model's "
+        "chat template writes a turn differently once others follow (often it drops their reasoning). "
+        "Give each such turn its own example, or set its weight to 0.",
+        f"messages[{index}]",
+    )
