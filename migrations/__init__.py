@@ -1,0 +1,1 @@
+"""The database's history, one dated and reversible step per file of `versions/`, applied by `operations.migrate`."""
