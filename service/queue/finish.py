@@ -1,0 +1,206 @@
+"""Every way an attempt ends. Each is one transaction under the fence, with its event and outbox row."""
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service.events.actions import NewEvent, append
+from service.jobs.state import move
+from service.queue import repository
+from service.queue.broker import Kind
+from service.queue.fence import Fence, hold
+from service.tables import Job
+
+JobError = dict[str, Any]
+"""A job's `error`: {code, message, param} and, where there is one, hint and log_tail."""
+
+
+def validated(
+    session: Session, fence: Fence, *, report: dict[str, Any], hyperparameters: dict[str, Any]
+) -> None:
+    """The files are good: keep the report and the resolved hyperparameters, and let the job wait for training.
+
+    Raises:
+        Fenced: the job is another attempt's, or ended. The same holds for every function of this module.
+    """
+    hold(session, fence)
+    repository.end_attempt(session, fence.job_id, fence.attempt_no, "succeeded", None)
+    move(
+        session,
+        fence.job_id,
+        "queued",
+        NewEvent("Files validated, moving job to queued state"),
+        attempt_no=fence.attempt_no,
+        source=("validating_files",),
+        dataset_report=report,
+        hyperparameters=hyperparameters,
+        lost_attempts=0,  # the training gets its own patience
+    )
+
+
+def succeeded(
+    session: Session,
+    fence: Fence,
+    *,
+    fine_tuned_model: str,
+    trained_tokens: int,
+    result_file: str,
+    detail: dict[str, Any],
+) -> None:
+    """The training is done and its adapter published in this transaction: name the model and end the job."""
+    hold(session, fence)
+    repository.end_attempt(session, fence.job_id, fence.attempt_no, "succeeded", detail)
+    append(
+        session,
+        fence.project_id,
+        fence.job_id,
+        NewEvent(f"New fine-tuned model created: {fine_tuned_model}", attempt_no=fence.attempt_no),
+    )
+    move(
+        session,
+        fence.job_id,
+        "succeeded",
+        NewEvent("The job has successfully completed", attempt_no=fence.attempt_no),
+        attempt_no=fence.attempt_no,
+        fine_tuned_model=fine_tuned_model,
+        trained_tokens=trained_tokens,
+        result_files=[result_file],
+        estimated_finish=None,
+    )
+
+
+def failed(
+    session: Session,
+    fence: Fence,
+    error: JobError,
+    *,
+    report: dict[str, Any] | None = None,
+    detail: dict[str, Any] | None = None,
+) -> None:
+    """The attempt found something that another one would find again: the job ends with the reason."""
+    hold(session, fence)
+    repository.end_attempt(session, fence.job_id, fence.attempt_no, "failed", detail)
+    values: dict[str, Any] = {"error": error, "estimated_finish": None}
+    if report is not None:
+        values["dataset_report"] = report
+    move(
+        session,
+        fence.job_id,
+        "failed",
+        _failure_event(error, fence.attempt_no),
+        attempt_no=fence.attempt_no,
+        **values,
+    )
+
+
+def cancelled(session: Session, fence: Fence, *, detail: dict[str, Any] | None = None) -> None:
+    """The wish to cancel is fulfilled: the child is gone and its device is free."""
+    hold(session, fence)
+    repository.end_attempt(session, fence.job_id, fence.attempt_no, "cancelled", detail)
+    _cancel(session, fence.job_id, fence.attempt_no)
+
+
+def give_back(
+    session: Session,
+    fence: Fence,
+    *,
+    lost: bool,
+    reason: str,
+    max_attempts: int,
+    detail: dict[str, Any] | None = None,
+) -> Kind | None:
+    """The attempt ends without an end of the job: it waits again, from its last resume point.
+
+    Args:
+        session: the transaction.
+        fence: the attempt.
+        lost: whether this counts towards `max_attempts` (a death does, an orderly stop does not).
+        reason: ends the sentence "The job goes back to the queue: …".
+        max_attempts: a job lost this often fails.
+        detail: kept with the attempt.
+
+    Returns:
+        The kind of work that waits now, None if the job ended.
+    """
+    job = hold(session, fence)
+    return take_back(
+        session, job, lost=lost, reason=reason, max_attempts=max_attempts, detail=detail
+    )
+
+
+def take_back(
+    session: Session,
+    job: Job,
+    *,
+    lost: bool,
+    reason: str,
+    max_attempts: int,
+    detail: dict[str, Any] | None = None,
+) -> Kind | None:
+    """The same for a job whose row the caller has locked; for the reaper, which holds no fence."""
+    kind: Kind = "train" if job.status == "running" else "validate"
+    outcome = "lost" if lost else "requeued"
+    repository.end_attempt(session, job.id, job.attempt_no, outcome, detail)
+    lost_attempts = job.lost_attempts + (1 if lost else 0)
+    if job.desired == "cancel":
+        _cancel(session, job.id, job.attempt_no)
+        return None
+    if lost_attempts >= max_attempts:
+        _fail_lost(session, job, lost_attempts, reason, detail)
+        return None
+    event = NewEvent(
+        f"The job goes back to the queue: {reason}",
+        level="warn" if lost else "info",
+        data={"attempt_no": job.attempt_no, "lost_attempts": lost_attempts},
+        attempt_no=job.attempt_no,
+    )
+    if kind == "train":
+        move(
+            session,
+            job.id,
+            "queued",
+            event,
+            attempt_no=job.attempt_no,
+            source=("running",),
+            lost_attempts=lost_attempts,
+            estimated_finish=None,
+        )
+    else:
+        values = {"lost_attempts": lost_attempts, "lease_owner": None, "lease_until": None}
+        repository.update_job(session, job.id, values)
+        append(session, job.project_id, job.id, event)
+    return kind
+
+
+def _cancel(session: Session, job_id: str, attempt_no: int) -> None:
+    event = NewEvent("Fine-tuning job cancelled", attempt_no=attempt_no)
+    move(session, job_id, "cancelled", event, attempt_no=attempt_no, estimated_finish=None)
+
+
+def _fail_lost(
+    session: Session, job: Job, lost_attempts: int, reason: str, detail: dict[str, Any] | None
+) -> None:
+    error: JobError = {
+        "code": "worker_lost",
+        "message": f"The job was lost {lost_attempts} times, the last time because {reason}.",
+        "param": None,
+        "hint": "Look into the workers' logs; if they are short of memory, use a smaller batch or context.",
+    }
+    if detail is not None and detail.get("log_tail"):
+        error["log_tail"] = detail["log_tail"]
+    move(
+        session,
+        job.id,
+        "failed",
+        _failure_event(error, job.attempt_no),
+        attempt_no=job.attempt_no,
+        error=error,
+        lost_attempts=lost_attempts,
+        estimated_finish=None,
+    )
+
+
+def _failure_event(error: JobError, attempt_no: int) -> NewEvent:
+    return NewEvent(
+        error["message"], level="error", data={"code": error["code"]}, attempt_no=attempt_no
+    )

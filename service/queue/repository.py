@@ -1,0 +1,245 @@
+"""SQL of the queue: leases, attempts, workers. Every end of a lease is computed by the database's own clock."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import (
+    ColumnElement,
+    Float,
+    func,
+    insert,
+    select,
+    true,
+    update,
+)
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session
+
+from service.tables import Attempt, Event, Job, Project, Worker
+
+_CLAIMS_LOCK = 0x6E6962_01
+_LOOPS_LOCK = 0x6E6962_02
+
+WAITING = {"validate": "validating_files", "train": "queued"}
+"""The status in which each kind of work waits."""
+HELD = {"validate": "validating_files", "train": "running"}
+"""The status in which each kind of work is held."""
+
+
+def serialise_claims(session: Session) -> None:
+    """Let one claim at a time through, until the transaction ends: shares are counted, so they must not race."""
+    session.execute(select(func.pg_advisory_xact_lock(_CLAIMS_LOCK)))
+
+
+def try_loops_lock(session: Session) -> bool:
+    """Take the right to run the background pass, until the transaction ends; False: another process has it."""
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(_LOOPS_LOCK))))
+
+
+def _waiting(kind: str) -> Sequence[ColumnElement[bool]]:
+    return (
+        Job.status == WAITING[kind],
+        Job.lease_owner.is_(None),
+        Job.desired == "run",
+        Job.not_before.is_(None) | (Job.not_before <= func.now()),
+    )
+
+
+def next_waiting(session: Session, kind: str) -> Job | None:
+    """Lock and return the job of `kind` whose turn it is: fair share, then priority, then age; None: none waits."""
+    held = (
+        select(Job.project_id, func.count().label("n"))
+        .where(Job.status == HELD[kind], Job.lease_owner.is_not(None))
+        .group_by(Job.project_id)
+        .subquery()
+    )
+    share = func.coalesce(held.c.n, 0).cast(Float) / func.greatest(Project.weight, 1)
+    statement = (
+        select(Job)
+        .join(Project, Project.id == Job.project_id)
+        .outerjoin(held, held.c.project_id == Job.project_id)
+        .where(*_waiting(kind))
+        .order_by(share, Job.priority.desc(), Job.created_at, Job.id)
+        .limit(1)
+        .with_for_update(of=Job, skip_locked=True)
+    )
+    return session.scalars(statement).one_or_none()
+
+
+def is_waiting(session: Session, kind: str) -> bool:
+    """Tell whether a job of `kind` waits for a worker."""
+    return (
+        session.scalar(select(true()).where(select(Job.id).where(*_waiting(kind)).exists())) is True
+    )
+
+
+def _from_now(seconds: float) -> ColumnElement[Any]:
+    return func.now() + timedelta(seconds=seconds)
+
+
+def grant(session: Session, job_id: str, worker_id: str, lease_s: float) -> Job:
+    """Give the job's next attempt to a worker, with a lease from now on, and return the row."""
+    statement = (
+        update(Job)
+        .where(Job.id == job_id)
+        .values(
+            attempt_no=Job.attempt_no + 1, lease_owner=worker_id, lease_until=_from_now(lease_s)
+        )
+        .returning(Job)
+    )
+    return session.scalars(statement, execution_options={"populate_existing": True}).one()
+
+
+def lock_held(session: Session, job_id: str, attempt_no: int, worker_id: str) -> Job | None:
+    """Lock and return the job if this attempt of this worker holds it."""
+    statement = (
+        select(Job)
+        .where(*_held(job_id, attempt_no, worker_id))
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    return session.scalars(statement).one_or_none()
+
+
+def _held(job_id: str, attempt_no: int, worker_id: str) -> Sequence[ColumnElement[bool]]:
+    return (
+        Job.id == job_id,
+        Job.attempt_no == attempt_no,
+        Job.lease_owner == worker_id,
+        Job.status.in_(tuple(HELD.values())),
+    )
+
+
+def renew(
+    session: Session, job_id: str, attempt_no: int, worker_id: str, lease_s: float
+) -> str | None:
+    """Prolong the lease from now on and return the job's `desired`; None: it is not this attempt's any more."""
+    statement = (
+        update(Job)
+        .where(*_held(job_id, attempt_no, worker_id))
+        .values(lease_until=_from_now(lease_s))
+        .returning(Job.desired)
+    )
+    return session.execute(statement).scalar_one_or_none()
+
+
+def desired(session: Session, job_id: str, attempt_no: int, worker_id: str) -> str | None:
+    """Return the job's `desired`; None: it is not this attempt's any more."""
+    return session.scalar(select(Job.desired).where(*_held(job_id, attempt_no, worker_id)))
+
+
+def update_job(session: Session, job_id: str, values: dict[str, Any]) -> None:
+    """Write columns other than the status; the caller holds the row."""
+    session.execute(update(Job).where(Job.id == job_id).values(**values))
+
+
+def lock_leases_of(session: Session, worker_id: str) -> Sequence[Job]:
+    """Lock and return every job that a worker holds."""
+    statement = select(Job).where(Job.lease_owner == worker_id).with_for_update()
+    return session.scalars(statement.limit(1_000)).all()
+
+
+def lock_ended_leases(
+    session: Session, lease_s: float, margin_s: float, limit: int
+) -> Sequence[Job]:
+    """Lock and return jobs whose lease ended more than `margin_s` ago.
+
+    A lease counts as at least `lease_s` long from the database server's start: nobody could renew while it was down.
+    """
+    amnesty = func.pg_postmaster_start_time() + timedelta(seconds=lease_s)
+    ended = func.greatest(Job.lease_until, amnesty) + timedelta(seconds=margin_s)
+    statement = (
+        select(Job)
+        .where(Job.lease_owner.is_not(None), ended < func.now())
+        .order_by(Job.lease_until)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return session.scalars(statement).all()
+
+
+def insert_attempt(session: Session, job: Job, *, kind: str, worker_id: str, host: str) -> None:
+    """Note that an attempt begins, at the database's time."""
+    values = {
+        "job_id": job.id,
+        "attempt_no": job.attempt_no,
+        "project_id": job.project_id,
+        "kind": kind,
+        "worker_id": worker_id,
+        "host": host,
+        "started_at": func.now(),
+    }
+    session.execute(insert(Attempt).values(**values))
+
+
+def update_attempt(session: Session, job_id: str, attempt_no: int, values: dict[str, Any]) -> None:
+    """Write columns of an attempt."""
+    session.execute(
+        update(Attempt)
+        .where(Attempt.job_id == job_id, Attempt.attempt_no == attempt_no)
+        .values(**values)
+    )
+
+
+def end_attempt(
+    session: Session, job_id: str, attempt_no: int, outcome: str, detail: dict[str, Any] | None
+) -> None:
+    """Note how an attempt ended, at the database's time."""
+    values: dict[str, Any] = {"outcome": outcome, "ended_at": func.now()}
+    if detail is not None:
+        values["detail"] = detail
+    update_attempt(session, job_id, attempt_no, values)
+
+
+def training_attempts_before(session: Session, job_id: str, attempt_no: int) -> Sequence[Attempt]:
+    """Return the job's earlier training attempts, newest first."""
+    statement = (
+        select(Attempt)
+        .where(Attempt.job_id == job_id, Attempt.attempt_no < attempt_no, Attempt.kind == "train")
+        .order_by(Attempt.attempt_no.desc())
+        .limit(100)
+    )
+    return session.scalars(statement).all()
+
+
+def last_line(session: Session, job_id: str, attempt_no: int) -> int:
+    """Return the number of the last line of an attempt's events.jsonl that is an event already; 0: none."""
+    statement = select(func.max(Event.line_no)).where(
+        Event.job_id == job_id, Event.attempt_no == attempt_no
+    )
+    return session.scalar(statement) or 0
+
+
+def step_metrics(session: Session, job_id: str) -> Sequence[dict[str, Any]]:
+    """Return the data of each step's metrics as the newest attempt told them, in the order of steps."""
+    step = Event.data["step"].as_integer()
+    statement = (
+        select(Event.data)
+        .where(Event.job_id == job_id, Event.type == "metrics", Event.data.has_key("step"))
+        .order_by(step, Event.attempt_no, Event.seq)
+        .limit(10_000_000)
+    )
+    merged: dict[int, dict[str, Any]] = {}
+    for data in session.scalars(statement):
+        if data is None:
+            continue
+        merged.setdefault(int(data["step"]), {}).update(data)
+    return list(merged.values())
+
+
+def save_worker(session: Session, worker: dict[str, Any]) -> None:
+    """Insert a worker's row, or bring it up to date; `seen_at` is the database's time."""
+    now = func.now()
+    statement = upsert(Worker).values(**worker, started_at=now, seen_at=now)
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=[Worker.id],
+            set_={"seen_at": now, "slots": statement.excluded.slots, "stopped_at": None},
+        )
+    )
+
+
+def stop_worker(session: Session, worker_id: str) -> None:
+    """Note that a worker has ended."""
+    session.execute(update(Worker).where(Worker.id == worker_id).values(stopped_at=func.now()))

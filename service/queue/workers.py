@@ -1,0 +1,31 @@
+"""The workers' own rows: who is there, with which slots and devices, and when last heard of."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from service.queue import repository
+
+
+@dataclass(frozen=True)
+class WorkerSlots:
+    """What a worker can do at once."""
+
+    train: int
+    validate: int
+    devices: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
+    """One per training slot: {"name", "memory_bytes"}; memory_bytes is None for a CPU."""
+    problem: str | None = None
+    """Why the worker takes no training although it has a GPU: one sentence, or None."""
+
+
+def sign_in(session: Session, *, worker_id: str, host: str, pid: int, slots: WorkerSlots) -> None:
+    """Say that the worker is there; said again, it is the heartbeat."""
+    row = {"id": worker_id, "host": host, "pid": pid, "slots": asdict(slots)}
+    repository.save_worker(session, row)
+
+
+def sign_out(session: Session, worker_id: str) -> None:
+    """Say that the worker has ended in good order."""
+    repository.stop_worker(session, worker_id)
