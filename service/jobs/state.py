@@ -45,7 +45,7 @@ def move(
     attempt_no: int | None = None,
     source: tuple[Status, ...] | None = None,
     release: bool = True,
-    **values: Any,
+    **values: Any,  # noqa: ANN401  (each column's own type)
 ) -> Job:
     """Move a job to status `to` and tell it.
 
