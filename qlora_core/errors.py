@@ -25,7 +25,7 @@ for the person who started the job: what was wrong, where, what to do.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 class EngineError(Exception):
@@ -83,17 +83,17 @@ class DatasetError(EngineError):
     """
 
     def __init__(
-        self, message: str, *, code: str = "invalid_training_file", report: Any = None
+        self, message: str, *, code: str = "invalid_training_file", report: object = None
     ) -> None:
         super().__init__(message)
         self.code = code
         self.report = report
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_dataset_error, (self.message, self.code, self.report))
 
 
-def _rebuild_dataset_error(message: str, code: str, report: Any) -> DatasetError:
+def _rebuild_dataset_error(message: str, code: str, report: object) -> DatasetError:
     return DatasetError(message, code=code, report=report)
 
 

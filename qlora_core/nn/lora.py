@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from qlora_core.nn.nf4_linear import NF4Linear, product_dtype
 from qlora_core.quant import NF4Weight
@@ -24,7 +24,7 @@ class LoraLinearFn(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102 - autograd's protocol
-        ctx: Any,
+        ctx: Any,  # noqa: ANN401
         x: Tensor,
         lora_A: Tensor,  # noqa: N803 - the field's name
         lora_B: Tensor,  # noqa: N803
@@ -38,7 +38,7 @@ class LoraLinearFn(torch.autograd.Function):
         x_product = x.to(dtype)
         down = _drop(x_product, dropout, seed) @ lora_A.to(dtype).T  # [tokens, r]
         with dense(weight, dtype) as dense_weight:
-            y = F.linear(x_product, dense_weight, None if bias is None else bias.to(dtype))
+            y = functional.linear(x_product, dense_weight, None if bias is None else bias.to(dtype))
         y.addmm_(down, lora_B.to(dtype).T, alpha=scaling)
 
         ctx.save_for_backward(x, lora_A, lora_B, down)
@@ -48,7 +48,7 @@ class LoraLinearFn(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
         x, lora_A, lora_B, down = ctx.saved_tensors  # noqa: N806
         dtype = ctx.dtype
         grad = grad.to(dtype)

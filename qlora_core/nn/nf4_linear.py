@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from qlora_core.errors import ShapeError
 from qlora_core.quant import NF4Weight
@@ -29,16 +29,22 @@ class NF4LinearFn(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102 - autograd's protocol
-        ctx: Any, x: Tensor, bias: Tensor | None, weight: NF4Weight, dtype: torch.dtype
+        ctx: Any,  # noqa: ANN401
+        x: Tensor,
+        bias: Tensor | None,
+        weight: NF4Weight,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.weight, ctx.dtype, ctx.x_dtype = weight, dtype, x.dtype
         with dense(weight, dtype) as dense_weight:
-            y = F.linear(x.to(dtype), dense_weight, None if bias is None else bias.to(dtype))
+            y = functional.linear(
+                x.to(dtype), dense_weight, None if bias is None else bias.to(dtype)
+            )
         return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401, D102
         with dense(ctx.weight, ctx.dtype) as dense_weight:
             dx = grad.to(ctx.dtype) @ dense_weight
         return dx.to(ctx.x_dtype), None, None, None

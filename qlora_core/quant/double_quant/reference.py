@@ -7,8 +7,8 @@ signed dynamic map (`codebook.dynamic_map`).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from qlora_core.quant.codebook import NESTED_BLOCK_SIZE, dynamic_levels, dynamic_thresholds
 
@@ -27,7 +27,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = absmax.mean()
     centred = absmax - offset
     n = centred.numel()
-    blocks = F.pad(centred, (0, -n % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
+    blocks = functional.pad(centred, (0, -n % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(dim=1)
     inverse = 1.0 / torch.where(nested_absmax == 0, 1.0, nested_absmax)
     scaled = (blocks * inverse[:, None]).view(-1)[:n]

@@ -7,8 +7,8 @@ appendix E; packing and tie rules as in docs/formats/nf4.md.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from qlora_core.quant.codebook import nf4_levels, nf4_thresholds
 
@@ -31,7 +31,7 @@ def quantize_nf4(values: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     """
     flat = values.reshape(-1).float()
     n = flat.numel()
-    blocks = F.pad(flat, (0, -n % block_size)).view(-1, block_size)
+    blocks = functional.pad(flat, (0, -n % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
 
     lift, inverse = block_factors(absmax)

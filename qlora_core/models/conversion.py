@@ -1,0 +1,108 @@
+"""Plans which checkpoint tensors make which parameters, with transformers' own conversion.
+
+transformers 5 renames, splits and fuses checkpoint tensors on loading. Its mapping is applied here
+to names alone; tensors are read later, one plan step at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from qlora_core.errors import EngineError, ModelUnsupported
+
+
+@dataclass
+class PlanStep:
+    """Checkpoint tensors that together make one parameter, or several.
+
+    Attributes:
+        target: the parameter's path, or the first of several.
+        sources: checkpoint names, in order, each with the pattern it matched (itself if none).
+        converter: what makes the parameters of them; None where the tensor is taken as it is.
+    """
+
+    target: str
+    sources: list[tuple[str, str]] = field(default_factory=list)
+    converter: WeightConverter | None = None
+
+    def run(
+        self, model: PreTrainedModel, read: Callable[[str], Tensor]
+    ) -> Iterable[tuple[str, Tensor]]:
+        """Read the step's tensors and give the parameters they make, by path.
+
+        Raises:
+            ModelUnsupported: transformers' conversion does not accept them.
+        """
+        if self.converter is None:
+            return [(self.target, read(self.sources[0][0]))]
+        for name, pattern in self.sources:
+            self.converter.add_tensor(self.target, name, pattern, _reader(read, name))
+        try:
+            made = self.converter.convert(self.target, model=model, config=model.config)
+        except EngineError:
+            raise
+        # Whatever the conversion's operations raise on tensors they were not written for.
+        except Exception as error:
+            raise ModelUnsupported(
+                f"transformers cannot convert the checkpoint's {self.sources[0][0]} to {self.target}"
+            ) from error
+        return [
+            (path, value[0] if isinstance(value, list) else value) for path, value in made.items()
+        ]
+
+
+def plan_loading(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[PlanStep], list[str]]:
+    """Plan how the checkpoint tensors ``names`` fill the model.
+
+    Returns:
+        The steps in the order of the checkpoint's names, and the names that fit nowhere.
+    """
+    wanted = dict(model.state_dict())
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converter_of = {pattern: one for one in converters for pattern in one.source_patterns}
+
+    steps: dict[str, PlanStep] = {}
+    unexpected: list[str] = []
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = _target_of(name, renamings, converters, model.base_model_prefix, wanted)
+        if target not in wanted:
+            unexpected.append(name)
+            continue
+        step = steps.setdefault(target, PlanStep(target))
+        if pattern is not None and step.converter is None:
+            step.converter = deepcopy(converter_of[pattern])
+        step.sources.append((name, pattern or name))
+    return list(steps.values()), unexpected
+
+
+def _target_of(
+    name: str,
+    renamings: list[WeightRenaming],
+    converters: list[WeightConverter],
+    prefix: str,
+    wanted: dict[str, torch.Tensor],
+) -> tuple[str, str | None]:
+    """Give the parameter a checkpoint name leads to and the converter's pattern it matched."""
+    target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+    if target not in wanted and name in wanted:
+        return name, None
+    return target, pattern
+
+
+def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
+    return lambda: read(name)

@@ -1,0 +1,138 @@
+"""Finds a model folder's weight files and refuses, in a sentence, what cannot be read safely.
+
+Only safetensors files are opened. Pickle files (`pytorch_model.bin`) can run code when read, so
+they are named in the error and never touched.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qlora_core.errors import (
+    ModelNotFound,
+    ModelUnsupported,
+    ModelWeightsInvalid,
+    ModelWeightsMissing,
+    ModelWeightsPickle,
+)
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.bin.index.json")
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """Where each tensor of a checkpoint is.
+
+    Attributes:
+        file_of: the file of each tensor, by the checkpoint's own name of it.
+        total_bytes: size of all files together.
+    """
+
+    file_of: dict[str, Path]
+    total_bytes: int
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read config.json of a model folder.
+
+    Raises:
+        ModelNotFound: the folder or its config.json is not there.
+        ModelUnsupported: config.json is not a JSON object.
+    """
+    if not folder.is_dir():
+        raise ModelNotFound(f"there is no model folder {folder}")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelNotFound(f"the model folder {folder} has no config.json")
+    config = _read_json(path, ModelUnsupported)
+    if not isinstance(config, dict):
+        raise ModelUnsupported(f"{path} must hold a JSON object")
+    return config
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """List the safetensors shards of a model folder and the tensors in them.
+
+    Raises:
+        ModelWeightsMissing: there are no weight files, or the index names one that is not there.
+        ModelWeightsPickle: there are weights, but only as pickle files.
+        ModelWeightsInvalid: a file is truncated or malformed, or disagrees with the index.
+    """
+    shards, indexed = _shards(folder)
+    file_of: dict[str, Path] = {}
+    for shard in shards:
+        for name in _names_in(shard):
+            if name in file_of:
+                raise ModelWeightsInvalid(
+                    f"the tensor {name} is in two files, {file_of[name].name} and {shard.name}"
+                )
+            file_of[name] = shard
+    for name, shard_name in indexed.items():
+        if name not in file_of or file_of[name].name != shard_name:
+            raise ModelWeightsInvalid(
+                f"{_INDEX} says that {shard_name} holds the tensor {name}, but it does not"
+            )
+    return WeightFiles(file_of, sum(shard.stat().st_size for shard in shards))
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Give the shards in order, and what the index (if there is one) says about them."""
+    if (folder / _INDEX).is_file():
+        indexed = _read_index(folder / _INDEX)
+        shards = [folder / name for name in sorted(set(indexed.values()))]
+        for shard in shards:
+            if not shard.is_file():
+                raise ModelWeightsMissing(
+                    f"{_INDEX} names the file {shard.name}, but {folder} does not have it"
+                )
+        return shards, indexed
+    if (folder / _SINGLE).is_file():
+        return [folder / _SINGLE], {}
+    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
+    if pickles:
+        raise ModelWeightsPickle(
+            f"the model in {folder} has its weights only as pickle files ({pickles[0]}), which can "
+            "run code and are never opened; convert them to safetensors"
+        )
+    raise ModelWeightsMissing(f"the model folder {folder} has no {_SINGLE} and no {_INDEX}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    index = _read_json(path, ModelWeightsInvalid)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelWeightsInvalid(f"{path} has no weight_map")
+    for name, shard in weight_map.items():
+        # Only files of this very folder: an index must not lead anywhere else.
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in {"", ".", ".."}:
+            raise ModelWeightsInvalid(f"{path.name} gives {name} a file that is no plain name")
+        if not shard.endswith(".safetensors"):
+            raise ModelWeightsPickle(
+                f"{path.name} names {shard}, which is not a safetensors file; "
+                "only safetensors files are opened"
+            )
+    return weight_map
+
+
+def _names_in(shard: Path) -> list[str]:
+    try:
+        with safe_open(shard, framework="pt", device="cpu") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelWeightsInvalid(
+            f"the weight file {shard.name} is truncated or malformed ({error}); copy it again"
+        ) from error
+
+
+def _read_json(path: Path, wrong: type[ModelUnsupported | ModelWeightsInvalid]) -> Any:  # noqa: ANN401 - JSON
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise wrong(f"{path} is not readable JSON ({error})") from error

@@ -1,0 +1,88 @@
+"""Builds a transformers model without its weights: parameters on the meta device, buffers real.
+
+Buffers such as a rotary embedding's frequencies are computed by the model's own constructor and are
+in no checkpoint, so they must not be built on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from qlora_core.errors import ModelUnsupported
+from qlora_core.models.files import read_config
+
+
+def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
+    """Build the causal language model that ``folder``'s config.json describes, without weights.
+
+    Args:
+        folder: holds config.json; its weights are not touched.
+        compute_dtype: of the parameters that will not be quantized.
+
+    Returns:
+        The model with every parameter on the meta device and every buffer on the CPU.
+
+    Raises:
+        ModelNotFound: the folder or its config.json is not there.
+        ModelUnsupported: the installed transformers has no causal language model for it, it needs
+            code from the folder, or its weights are quantized already.
+    """
+    model_type = read_config(folder).get("model_type", "unknown")
+    config = _read_architecture(folder, model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelUnsupported(
+            f"the model in {folder} is quantized already; start from its 16- or 32-bit weights"
+        )
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=compute_dtype, trust_remote_code=False
+            )
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+        raise ModelUnsupported(
+            f"transformers cannot build a causal language model of type {model_type} "
+            f"from {folder / 'config.json'}: {_first_line(error)}"
+        ) from error
+    model.config._name_or_path = str(folder)  # noqa: SLF001 - where from_pretrained keeps it
+    return model
+
+
+def _read_architecture(folder: Path, model_type: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # transformers raises whatever its config classes do on wrong fields.
+    except Exception as error:
+        raise ModelUnsupported(
+            f"transformers cannot read {folder / 'config.json'} (model type {model_type}): "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Send every parameter registered inside the block to the meta device, one at a time."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        # A parameter that is on meta already may be a tied one: keep it the same object.
+        if param is not None and param.device.type != "meta":
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    # Initialising parameters on meta is void, but may still draw from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        nn.Module.register_parameter = register_on_meta
+        try:
+            yield
+        finally:
+            nn.Module.register_parameter = register
