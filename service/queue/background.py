@@ -37,7 +37,7 @@ def start(settings: Settings, sessions: sessionmaker[Session]) -> Callable[[], N
             except SQLAlchemyError as error:
                 # The database is away: every pass starts afresh, so the next one makes up for this.
                 _log.warning("background_pass_failed", extra={"reason": str(error)})
-            except Exception:
+            except Exception:  # noqa: BLE001  (a thread's edge: recovery must go on)
                 _log.exception("background_pass_failed")
 
     thread = threading.Thread(target=loop, name="background", daemon=True)
