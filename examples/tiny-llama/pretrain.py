@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.progress import Progress, TextColumn
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
 _BATCH_TOKENS = 4096
@@ -69,25 +69,21 @@ def pretrain(
     optimizer = _optimizer(model)
     counters = _load(folder, model, optimizer) if resume else Counters()
     saved_at = time.monotonic()
-    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
+    with Progress(*Progress.get_default_columns(), TextColumn("{task.fields[said]}")) as bar:
+        task = bar.add_task("pre-training", total=1.0, said="")
         while (progress := budget.progress(counters)) < 1:
             began = time.monotonic()
-            length = _LONG if progress >= _LONG_FROM else _SHORT
-            first = counters.long_steps if length == _LONG else counters.step - counters.long_steps
-            inputs, targets = batch(stream, first, length=length, seed=seed)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(progress, counters.step)
-            loss = _step(model, optimizer, inputs, targets)
+            loss = _step(model, optimizer, stream, counters, progress=progress, seed=seed)
             counters.step += 1
-            counters.long_steps += length == _LONG
+            counters.long_steps += _length(progress) == _LONG
             counters.loss = loss if counters.step == 1 else 0.98 * counters.loss + 0.02 * loss
             counters.elapsed_s += time.monotonic() - began
-            bar.n = min(100, round(100 * budget.progress(counters), 1))
-            rate = counters.step * _BATCH_TOKENS / counters.elapsed_s
-            bar.set_postfix_str(f"step {counters.step} loss {counters.loss:.3f} {rate:.0f} tok/s")
+            rate = tokens_seen(counters) / counters.elapsed_s
+            said = f"step {counters.step} loss {counters.loss:.3f} {rate:.0f} tokens/s"
+            bar.update(task, completed=budget.progress(counters), said=said)
             if time.monotonic() - saved_at > _CHECKPOINT_EVERY_S:
                 _save(folder, model, optimizer, counters)
-                bar.write(f"step {counters.step}: held-out loss {validate():.4f}, checkpoint kept")
+                bar.print(f"{said}, held-out loss {validate():.4f}, checkpoint kept")
                 saved_at = time.monotonic()
         _save(folder, model, optimizer, counters)
     return counters
@@ -145,9 +141,24 @@ def unigram_loss(stream: Tensor, held_out: Tensor, *, vocabulary: int) -> float:
     return float(-(counts / counts.sum()).log()[held_out[1:].long()].mean())
 
 
+def _length(progress: float) -> int:
+    return _LONG if progress >= _LONG_FROM else _SHORT
+
+
 def _step(
-    model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor
+    model: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    stream: Tensor,
+    counters: Counters,
+    *,
+    progress: float,
+    seed: int,
 ) -> float:
+    length = _length(progress)
+    index = counters.long_steps if length == _LONG else counters.step - counters.long_steps
+    inputs, targets = batch(stream, index, length=length, seed=seed)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(progress, counters.step)
     logits = model(input_ids=inputs, use_cache=False).logits
     loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     loss.backward()

@@ -144,7 +144,8 @@ def examples(documented: Iterable[Documented]) -> Iterator[tuple[Documented, lis
     """Turn definitions into chat examples, dropping those that explain nothing or run on."""
     for item in documented:
         answer = item.summary
-        if len(answer.split()) >= _ANSWER_WORDS and len(answer) <= _ANSWER_CHARACTERS:
+        wordy = len(answer.split()) >= _ANSWER_WORDS and len(answer) <= _ANSWER_CHARACTERS
+        if wordy and answer.isprintable():  # no control character, nothing UTF-8 cannot hold
             yield (
                 item,
                 [
