@@ -134,9 +134,8 @@ def start(
     log = log or data_dir / "logs" / "postgres.log"
     lock = take_lock(folder / "lock", f"PostgreSQL already runs over {folder}")
     try:
-        host = socket_folder(folder, _SOCKET)
-        if run_as not in ("self", "namespace"):
-            _hand_over(run_as, programs, folder, host)
+        _hand_over(run_as, programs, folder)
+        host = socket_folder(folder, _SOCKET, run_as=run_as)
         sync = (settings or {}).get("fsync") != "off"
         _initialize(programs, data, run_as, log, sync=sync)
         _remove_stale_pid_file(data)
@@ -154,19 +153,34 @@ def start(
     return Postgres(host=host, process=process, log=log, _lock=lock)
 
 
-def _hand_over(user: str, programs: Path, folder: Path, host: Path) -> None:
-    """Give the server's own folders to `user`, who must be able to reach them and the programs."""
-    entry = pwd.getpwnam(user)
-    for path in (programs, folder.absolute()):
-        for parent in path.parents:
-            if not parent.stat().st_mode & 0o001:
+def _hand_over(run_as: str, programs: Path, folder: Path) -> None:
+    """See to it that the server owns its folder, also after a start as somebody else."""
+    if os.geteuid() != 0:
+        return
+    if run_as in ("self", "namespace"):
+        uid, gid = 0, 0
+    else:
+        entry = pwd.getpwnam(run_as)
+        uid, gid = entry.pw_uid, entry.pw_gid
+        for parent in {*programs.parents, *folder.absolute().parents}:
+            if not parent.stat().st_mode & 0o001 and not _may_pass_everywhere():
                 raise EmbeddedError(
                     "PostgreSQL refuses to run as root, this machine forbids user namespaces, and the "
-                    f"user {user} cannot enter {parent}: start Nibble as an ordinary user, choose a data "
-                    f"folder and an installation that {user} can reach, or set NIBBLE_DATABASE_URL"
+                    f"user {run_as} cannot enter {parent}: start Nibble as an ordinary user, choose a data "
+                    f"folder and an installation that {run_as} can reach, or set NIBBLE_DATABASE_URL"
                 )
-    for owned in {folder, host, *folder.rglob("*")}:
-        os.chown(owned, entry.pw_uid, entry.pw_gid, follow_symlinks=False)
+    if folder.stat().st_uid != uid:
+        for owned in (
+            *folder.rglob("*"),
+            folder,
+        ):  # the folder last: it is the mark that all is done
+            os.chown(owned, uid, gid, follow_symlinks=False)
+
+
+def _may_pass_everywhere() -> bool:
+    """Say whether we hold CAP_DAC_OVERRIDE, which `tied.py` hands on."""
+    status = Path("/proc/self/status").read_text()
+    return bool(int(status.split("CapEff:", 1)[1].split(None, 1)[0], 16) & 2)
 
 
 def _initialize(programs: Path, data: Path, run_as: str, log: Path, *, sync: bool) -> None:

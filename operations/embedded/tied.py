@@ -6,7 +6,8 @@ itself, between fork and exec, and `preexec_fn` is not safe where the parent has
     python -I -S tied.py PARENT_PID SIGNAL IDENTITY PROGRAM [ARGUMENT…]
 
 IDENTITY: `self`; `namespace`, root of the machine who is the ordinary user 1000 inside a user namespace of its own
-(files stay root's); or the name of a user to become.
+(files stay root's); or the name of a user to become, who keeps root's right to pass closed folders: PostgreSQL refuses
+user 0, not this capability, and so a data folder or an installation under a 0700 home needs no change there.
 """
 
 import ctypes
@@ -16,6 +17,11 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_KEEPCAPS = 8
+_PR_CAP_AMBIENT = 47
+_PR_CAP_AMBIENT_RAISE = 2
+_CAP_DAC_OVERRIDE = 1
+_CAPABILITY_VERSION_3 = 0x20080522
 _CLONE_NEWUSER = 0x10000000
 _INNER_ID = 1000
 
@@ -39,9 +45,30 @@ def _enter_user_namespace() -> None:
 
 def _become(user: str) -> None:
     entry = pwd.getpwnam(user)
+    _checked(_libc.prctl(_PR_SET_KEEPCAPS, 1, 0, 0, 0), "prctl(PR_SET_KEEPCAPS)")
     os.setgroups([])
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
+    if _permitted_capabilities() >> _CAP_DAC_OVERRIDE & 1:
+        _keep_capability(_CAP_DAC_OVERRIDE)
+
+
+def _permitted_capabilities() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("CapPrm:", 1)[1].split(None, 1)[0], 16)
+
+
+def _keep_capability(number: int) -> None:
+    """Hold this capability and no other, and take it along through exec (capset(2), "ambient")."""
+    mask = 1 << number
+    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    # effective, permitted and inheritable, first of capabilities 0 to 31, then of the others
+    sets = (ctypes.c_uint32 * 6)(mask, mask, mask, 0, 0, 0)
+    _checked(_libc.capset(header, sets), "capset")
+    _checked(
+        _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, number, 0, 0),
+        "prctl(PR_CAP_AMBIENT_RAISE)",
+    )
 
 
 def _main() -> None:
