@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,9 @@ Progress = Callable[[int, int], None]
 # A line is held in memory, decoded and rendered; an example of the longest context is far shorter.
 LONGEST_LINE_BYTES = 8 * 1024 * 1024
 _PROGRESS_LINES = 64
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+# Deeper than any tool schema, far from where Python's own stack would end.
+_DEEPEST_NESTING = 100
 _FAILED = "The job failed due to an invalid training file."
 
 
@@ -115,6 +118,8 @@ class _Scan:
 
     def read(self, number: int, line: bytes | None) -> None:
         """Count one line: an example, a dropped one, or an error."""
+        if line is not None and number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if line is not None and not line.strip():
             return
         self.n_lines += 1
@@ -174,7 +179,7 @@ class _Scan:
             self.hopeless = True
             raise ExampleError("invalid_utf8", "The file is UTF-16; save it as UTF-8.")
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ExampleError(
                 "invalid_utf8",
@@ -187,6 +192,11 @@ class _Scan:
             raise _not_jsonl(number, text) from error
         if not isinstance(value, dict):
             raise _not_jsonl(number, text)
+        if (
+            text.count("[") + text.count("{") > _DEEPEST_NESTING
+            and _depth(value) > _DEEPEST_NESTING
+        ):
+            raise RecursionError
         return value
 
     def _add_error(self, error: LineError) -> None:
@@ -244,6 +254,17 @@ def _not_jsonl(number: int, text: str) -> ExampleError:
         "Expected file to have JSONL format, where every line is a JSON dictionary. "
         f'Line {number} is not a dictionary (HINT: line starts with: "{start}...").',
     )
+
+
+def _depth(value: object) -> int:
+    """Return how many lists and objects are inside one another, without recursion."""
+    depth, level = 0, [value]
+    while level := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [
+            child for item in level for child in (item.values() if isinstance(item, dict) else item)
+        ]
+    return depth
 
 
 def _refuse_constant(name: str) -> None:

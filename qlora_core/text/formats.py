@@ -248,7 +248,11 @@ def _content(message: Json, role: str, where: str, field: str, *, required: bool
 
 
 def _part_text(part: object, where: str, field: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        raise ExampleError(
+            "wrong_type", f"{where} has a content part that is {_json_type(part)}.", field
+        )
+    kind = part.get("type")
     if kind not in ("text", "refusal"):
         raise ExampleError(
             "unsupported_content",

@@ -5,8 +5,8 @@ of the messages before it: ``full[len(render(m[:i], prompt)) : len(render(m[:i +
 
 Some templates write a turn differently once others follow (Qwen3 drops the reasoning of earlier turns),
 so that a prefix of the messages does not render to a prefix of the text. Then a boundary is found by
-changing one message's content and looking where the text changes; the turn is known to end at the first
-stop token before the next message's content. Where that does not settle it either, the example is
+changing what one message says and looking where the text changes; the turn is known to end at the first
+stop token before what the next message says. Where that does not settle it either, the example is
 refused: a mask is never guessed.
 """
 
@@ -81,7 +81,7 @@ class _Conversation:
         end = self._prefix_end(index + 1)
         if end is not None and end >= start:
             return Span(index, start, end, exact=True)
-        overshoot = self._content_start(index + 1)
+        overshoot = self._body_start(index + 1)
         if overshoot is None or overshoot < start:
             raise _unlocated(index)
         return Span(index, start, overshoot, exact=False)
@@ -98,8 +98,8 @@ class _Conversation:
         before = self._prefix_end(index) if prompt else None
         if before is not None:
             return _shared_length(self.full, prompt)
-        start = self._content_start(index)
-        if start is None or self.messages[index].get("tool_calls"):
+        start = self._body_start(index)
+        if start is None:
             raise _unlocated(index)
         return start
 
@@ -111,15 +111,24 @@ class _Conversation:
             return None
         return len(prefix) if prefix and self.full.startswith(prefix) else None
 
-    def _content_start(self, index: int) -> int | None:
-        """Return where the content of a message begins: where the text changes with it."""
-        if not self.messages[index].get("content"):
+    def _body_start(self, index: int) -> int | None:
+        """Return where what a message says begins: where the text changes with it.
+
+        None where that cannot be told: it says nothing, or its reasoning may be in the text or not.
+        """
+        message = self.messages[index]
+        said = message.get("content") or message.get("tool_calls")
+        if not said or message.get("reasoning_content") or message.get("thinking"):
             return None
+        other = {key: value for key, value in message.items() if key != "tool_calls"}
         starts: list[int] = []
         for content in _REPLACEMENTS:
             changed = [*self.messages]
-            changed[index] = {**changed[index], "content": content}
-            starts.append(_shared_length(self.full, self._render(changed)))
+            changed[index] = {**other, "content": content}
+            try:
+                starts.append(_shared_length(self.full, self._render(changed)))
+            except TemplateError:
+                return None
         return min(starts)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
