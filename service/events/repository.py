@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.orm import Session
 
 from service.tables import Event, Job
+
+CHANNEL = "nibble_events"
+"""PostgreSQL's NOTIFY channel on which a job's id says that its story went on."""
 
 
 def take_seq(session: Session, job_id: str, count: int) -> int:
@@ -29,6 +32,40 @@ def after(session: Session, project_id: str, job_id: str, seq: int, limit: int) 
     statement = (
         select(Event)
         .where(Event.project_id == project_id, Event.job_id == job_id, Event.seq > seq)
+        .order_by(Event.seq)
+        .limit(limit)
+    )
+    return session.scalars(statement).all()
+
+
+def notify(session: Session, job_id: str) -> None:
+    """Tell whoever listens on `CHANNEL`, when this transaction commits and not before."""
+    session.execute(select(func.pg_notify(CHANNEL, job_id)))
+
+
+def page(
+    session: Session, project_id: str, job_id: str, *, after: str | None, limit: int
+) -> Sequence[Event]:
+    """Return up to `limit` events of a job, newest first, that came before the event `after`."""
+    statement = select(Event).where(Event.project_id == project_id, Event.job_id == job_id)
+    if after is not None:
+        cursor = select(Event.seq).where(Event.job_id == job_id, Event.id == after)
+        statement = statement.where(Event.seq < cursor.scalar_subquery())  # no such event: NULL
+    return session.scalars(statement.order_by(Event.seq.desc()).limit(limit)).all()
+
+
+def metrics_after(
+    session: Session, project_id: str, job_id: str, seq: int, limit: int
+) -> Sequence[Event]:
+    """Return up to `limit` metrics events of a job after number `seq`, oldest first."""
+    statement = (
+        select(Event)
+        .where(
+            Event.project_id == project_id,
+            Event.job_id == job_id,
+            Event.seq > seq,
+            Event.type == "metrics",
+        )
         .order_by(Event.seq)
         .limit(limit)
     )

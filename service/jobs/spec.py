@@ -15,7 +15,6 @@ from pydantic import (
     StrictStr,
     StringConstraints,
     WithJsonSchema,
-    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -30,31 +29,6 @@ MAX_SAMPLE_CHARACTERS = 16_000
 MAX_SEED = 2**31 - 1
 SUFFIX = r"[A-Za-z0-9._-]{1,64}"
 """No ":", which separates the parts of a model's name, and no "/", which separates the parts of a path."""
-
-_MAX_DEPTH = 20
-
-
-def _storable(value: object, where: tuple[str | int, ...] = ()) -> None:
-    """Refuse what PostgreSQL cannot keep: NUL, and half of a surrogate pair, which JSON can escape."""
-    if len(where) > _MAX_DEPTH:
-        raise PydanticCustomError(
-            "too_deep", "nested more than {depth} levels deep", {"depth": _MAX_DEPTH}
-        )
-    if isinstance(value, str):
-        if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
-            place = ".".join(str(part) for part in where) or "the body"
-            raise PydanticCustomError(
-                "not_text",
-                "{place} holds a character that is not text (NUL or half a surrogate pair)",
-                {"place": place},
-            )
-    elif isinstance(value, dict):
-        for key, content in cast("dict[object, object]", value).items():
-            _storable(key, where)
-            _storable(content, (*where, str(key)))
-    elif isinstance(value, list):
-        for i, content in enumerate(cast("list[object]", value)):
-            _storable(content, (*where, i))
 
 
 def _suffix(value: str | None) -> str | None:
@@ -226,12 +200,6 @@ class CreateJob(BaseModel):
         WithJsonSchema(_SAMPLES_SCHEMA),
     ] = None
     """Up to eight prompts, answered by the base model and by the adapter; an event carries the answers."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_text(cls, value: object) -> object:
-        _storable(value)
-        return value
 
     def requested_hyperparameters(self) -> dict[str, Any]:
         """Both places merged, the method's winning."""
