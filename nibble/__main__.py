@@ -1,0 +1,5 @@
+"""`python -m nibble`."""
+
+from nibble.main import main
+
+main()

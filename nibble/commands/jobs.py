@@ -1,0 +1,97 @@
+"""`nibble jobs …`: look, watch, cancel, download. Creating has its own file."""
+
+import functools
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nibble import output
+from nibble.answers import expect_job, expect_list
+from nibble.commands.create import create
+from nibble.commands.ends import end_with, fetch_adapter, follow, show_job
+from nibble.commands.options import BaseUrl, Json, Patience
+from nibble.connection import connect
+from nibble.download import check_target
+from nibble.endings import guarded
+
+app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
+app.command("create")(create)
+
+JobId = Annotated[str, typer.Argument(metavar="JOB-ID")]
+
+
+@app.command("list")
+@guarded
+def list_jobs(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, newest first.")] = 20,
+    base_url: BaseUrl = None,
+    json: Json = False,
+) -> None:
+    """List fine-tuning jobs."""
+    from openai.types.fine_tuning import FineTuningJob
+
+    client = connect(base_url)
+    ask = functools.partial(client.fine_tuning.jobs.list, limit=min(limit, 100))
+    jobs = expect_list(FineTuningJob, ask, limit=limit)
+    if json:
+        output.print_json({"object": "list", "data": [job.to_dict(mode="json") for job in jobs]})
+        return
+    rows = (
+        (job.id, job.status, job.model, output.local_time(job.created_at), job.fine_tuned_model)
+        for job in jobs
+    )
+    output.print_table(
+        ("JOB", "STATUS", "MODEL", "CREATED", "FINE-TUNED MODEL"),
+        rows,
+        empty="There are no jobs yet.",
+    )
+
+
+@app.command("get")
+@guarded
+def get_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> None:
+    """Show one job."""
+    job = expect_job(connect(base_url).fine_tuning.jobs.retrieve(job_id))
+    show_job(job, json=json)
+
+
+@app.command("watch")
+@guarded
+def watch_job(
+    job_id: JobId, timeout: Patience = 300.0, base_url: BaseUrl = None, json: Json = False
+) -> None:
+    """Follow a job to its end; the exit code says how it ended (0 succeeded, 1 failed, 3 cancelled)."""
+    job = follow(connect(base_url), job_id, patience_s=timeout)
+    show_job(job, json=json)
+    end_with(job)
+
+
+@app.command("cancel")
+@guarded
+def cancel_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> None:
+    """Ask for a job to be cancelled; a running one stops after its current step."""
+    job = expect_job(connect(base_url).fine_tuning.jobs.cancel(job_id))
+    show_job(job, json=json)
+    if job.status != "cancelled":
+        output.say(f"Its worker is being told; watch it stop with: nibble jobs watch {job.id}")
+
+
+@app.command("download")
+@guarded
+def download_adapter(
+    job_id: JobId,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A new folder; the default is ./JOB-ID.")
+    ] = None,
+    timeout: Patience = 300.0,
+    base_url: BaseUrl = None,
+    json: Json = False,
+) -> None:
+    """Download a succeeded job's adapter, ready for peft; a broken download goes on where it stopped."""
+    target = check_target(folder or Path(Path(job_id).name))
+    adapter: dict[str, Any] = fetch_adapter(connect(base_url), job_id, target, patience_s=timeout)
+    if json:
+        output.print_json(adapter)
+    else:
+        output.print_result(adapter["folder"])

@@ -1,0 +1,68 @@
+"""The `nibble` program: the client's commands, and where the server's packages are installed, the server's.
+
+`up`, `demo` and `keys` belong to `operations`; it is imported when one of them runs, so that the client needs none of it.
+"""
+
+import importlib
+from typing import Any
+
+import typer
+
+from nibble.commands import files, jobs, models
+from nibble.endings import ExitCode, guarded, refused
+
+app = typer.Typer(
+    help="Fine-tune models on your own machines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(files.app, name="files")
+app.add_typer(jobs.app, name="jobs")
+app.add_typer(models.app, name="models")
+
+_PASSED_ON: dict[str, Any] = {
+    "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},
+    "add_help_option": False,
+    "rich_help_panel": "On the machine of the service",
+}
+
+
+@app.command(**_PASSED_ON)
+@guarded
+def up(context: typer.Context) -> None:
+    """Start the service here: database, broker, API and a worker."""
+    _operations("up", context.args)
+
+
+@app.command(**_PASSED_ON)
+@guarded
+def demo(context: typer.Context) -> None:
+    """Fine-tune a small model from beginning to end, here and now."""
+    _operations("demo", context.args)
+
+
+@app.command(**_PASSED_ON)
+@guarded
+def keys(context: typer.Context) -> None:
+    """Make API keys (`nibble keys create NAME`)."""
+    _operations("keys", context.args)
+
+
+def _operations(command: str, arguments: list[str]) -> None:
+    """Run `python -m operations COMMAND …` in this process."""
+    try:
+        operations = importlib.import_module("operations.__main__")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("api", "worker", "service"):
+            raise
+        raise refused(
+            f"`nibble {command}` runs on the service's machine and needs its packages ({error.name} is missing): "
+            "pip install 'nibble[server,engine]'"
+        ) from None
+    raise typer.Exit(operations.main([command, *arguments]) or int(ExitCode.SUCCEEDED))
+
+
+def main() -> None:
+    """Run the program; the entry point of `nibble` and `python -m nibble`."""
+    app()

@@ -1,0 +1,144 @@
+"""A job's progress on stderr: a bar with its last figures on a terminal, plain lines elsewhere (CI logs)."""
+
+import time
+from types import TracebackType
+from typing import Protocol, Self
+
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from nibble import output
+from nibble.events import JobEvent, Step
+
+LINE_EVERY_S = 5.0
+"""Plain lines tell of a step at most so often; validations, the first and the last step always."""
+
+_STYLES = {"warn": "yellow", "error": "red"}
+
+
+class Display(Protocol):
+    """What a follower reports to, used as a context manager."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+    def event(self, event: JobEvent) -> None:
+        """Show an event of the job."""
+        ...
+
+    def trouble(self, message: str) -> None:
+        """Show that the connection is lost."""
+        ...
+
+
+def display() -> Display:
+    """The one that fits this process's stderr."""
+    return BarDisplay() if output.people().is_terminal else LineDisplay()
+
+
+def figures(step: Step) -> list[str]:
+    """A step's figures for people, those that it has: losses, speed, memory."""
+    shown: list[str] = []
+    if step.train_loss is not None:
+        shown.append(f"loss {step.train_loss:.4f}")
+    if step.valid_loss is not None:
+        shown.append(f"validation loss {step.valid_loss:.4f}")
+    if step.tokens_per_s is not None:
+        shown.append(f"{step.tokens_per_s:,.0f} tokens/s")
+    if step.memory_bytes is not None:
+        shown.append(f"memory {output.size(step.memory_bytes)}")
+    return shown
+
+
+class LineDisplay:
+    """One line per message, and per step as `LINE_EVERY_S` allows."""
+
+    def __init__(self) -> None:
+        self._told_at = float("-inf")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def event(self, event: JobEvent) -> None:
+        """Print the event, unless it is a step too soon after another."""
+        step = event.step
+        if step is None:
+            output.say(event.message, style=_STYLES.get(event.level, ""))
+            return
+        now = time.monotonic()
+        due = now - self._told_at >= LINE_EVERY_S or step.number == step.total
+        if due or step.valid_loss is not None:
+            self._told_at = now
+            output.say(
+                f"Step {_count(step.number)}/{_count(step.total)}: {', '.join(figures(step))}"
+            )
+
+    def trouble(self, message: str) -> None:
+        """Print it."""
+        output.say(message, style="yellow")
+
+
+class _Figures(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text("  ".join(task.fields.get("figures", ())), style="cyan")
+
+
+class BarDisplay:
+    """A bar that stays below the messages."""
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            _Figures(),
+            TimeRemainingColumn(compact=True),
+            console=output.people(),
+        )
+        self._task = self._bar.add_task("training", total=1, visible=False, figures=())
+        self._validation: list[str] = []
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def event(self, event: JobEvent) -> None:
+        """Move the bar by a step's figures; print any other message above it."""
+        step = event.step
+        if step is None:
+            text = Text(output.plain(event.message), style=_STYLES.get(event.level, ""))
+            self._bar.console.print(text)
+            return
+        told = figures(step)
+        if step.valid_loss is not None:  # stays until the next one
+            self._validation = [figure for figure in told if figure.startswith("validation")]
+        latest = [figure for figure in told if not figure.startswith("validation")]
+        if step.number is not None and step.total is not None:
+            self._bar.update(
+                self._task,
+                completed=step.number,
+                total=max(step.total, 1),
+                figures=latest[:1] + self._validation + latest[1:],
+                visible=True,
+            )
+
+    def trouble(self, message: str) -> None:
+        """Print it above the bar."""
+        self._bar.console.print(Text(message, style="yellow"))
+
+
+def _count(number: int | None) -> str:
+    return "?" if number is None else str(number)

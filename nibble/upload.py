@@ -1,0 +1,94 @@
+"""Uploading one file, read as it is sent, with a progress bar on a terminal."""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from nibble import output
+from nibble.answers import expect
+from nibble.endings import refused
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+    from openai.types import FileObject
+
+_FILE_ID = re.compile(r"file-[A-Za-z0-9_-]+")
+
+
+def is_file_id(text: str) -> bool:
+    """Whether an argument names an uploaded file; a local one of such a name is written `./file-…`."""
+    return _FILE_ID.fullmatch(text) is not None
+
+
+def check_local(path: Path) -> Path:
+    """`path`, which is a file that can be read and is not empty.
+
+    Raises:
+        Ending: it is not (refused).
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(1):
+                return path
+    except OSError as error:
+        raise refused(f"cannot read {path}: {error.strerror}.") from None
+    raise refused(f"{path} is empty.")
+
+
+def upload(client: "OpenAI", path: Path, *, purpose: str = "fine-tune") -> "FileObject":
+    """Send a file and return what the service made of it; the SDK's retries read it again from its start.
+
+    Raises:
+        Ending: the file cannot be read (refused).
+    """
+    from openai.types import FileObject
+
+    check_local(path)
+    total = path.stat().st_size
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=output.people(),
+        disable=not output.people().is_terminal,
+    )
+    with bar, path.open("rb") as raw:
+        task = bar.add_task(f"uploading {output.plain(path.name)}", total=total)
+        file = _Watched(raw, lambda position: bar.update(task, completed=position))
+        answer = client.files.create(file=(path.name, file), purpose=purpose)  # type: ignore[arg-type]  # the service judges the purpose
+    uploaded = expect(FileObject, answer)
+    output.say(f"Uploaded {path.name} ({output.size(total)}) as {uploaded.id}.")
+    return uploaded
+
+
+class _Watched(io.BufferedIOBase):
+    """A file that tells how far it has been read."""
+
+    def __init__(self, raw: io.BufferedReader, on_position: Callable[[int], None]) -> None:
+        self._raw = raw
+        self._on_position = on_position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        data = self._raw.read(size)
+        self._on_position(self._raw.tell())
+        return data
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._raw.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._raw.tell()
+
+    def fileno(self) -> int:
+        return self._raw.fileno()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
