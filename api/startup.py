@@ -1,0 +1,59 @@
+"""What the API's process does beside requests: the first key, the queue's loops, files that are due to go.
+
+The database may not be there yet, or be without tables, when the process starts: the first key is then made as soon as
+it is, and `/readyz` says until then what is missing.
+"""
+
+import threading
+from collections.abc import Callable
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from api.deps import State
+from service.db import transaction
+from service.files import purge
+from service.keys.actions import ensure_first_key
+from service.logging import get_logger
+from service.queue import background
+
+log = get_logger(__name__)
+
+_RETRY_S = 1.0
+_STALE_UPLOAD_S = 24 * 3600.0
+
+
+def start_background(state: State) -> Callable[[], None]:
+    """Start everything, and return the function that stops it and waits for it."""
+    stopping = threading.Event()
+    if not _set_up(state):
+        threading.Thread(
+            target=_set_up_later, args=(state, stopping), name="first-key", daemon=True
+        ).start()
+    state.storage.sweep(older_than_s=_STALE_UPLOAD_S)
+    stop_queue = background.start(state.settings, state.sessions)
+    stop_purge = purge.start(state.sessions, state.storage)
+
+    def stop() -> None:
+        stopping.set()
+        stop_purge()
+        stop_queue()
+
+    return stop
+
+
+def _set_up(state: State) -> bool:
+    try:
+        with transaction(state.sessions) as session:
+            path = ensure_first_key(session, state.settings)
+    except SQLAlchemyError as error:
+        log.warning("database_not_ready", reason=str(error).split("\n", 1)[0])
+        return False
+    log.info("first_key_kept", path=str(path))
+    state.is_set_up.set()
+    return True
+
+
+def _set_up_later(state: State, stopping: threading.Event) -> None:
+    while not stopping.wait(_RETRY_S):
+        if _set_up(state):
+            return

@@ -1,0 +1,69 @@
+"""Removing the bytes of deleted and expired files, once no live job needs them.
+
+Not in the request that deletes: a job that is being created may have just looked at the file. Any number of API
+processes may do this at once; each skips the rows another one has locked.
+"""
+
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session, sessionmaker
+
+from service import clock
+from service.db import transaction
+from service.errors import ServiceError
+from service.files import repository
+from service.logging import get_logger
+from service.storage import Storage
+
+log = get_logger(__name__)
+
+EVERY_S = 30.0
+GRACE = timedelta(seconds=60)
+"""Longer than creating a job takes."""
+_BATCH = 100
+
+
+def start(sessions: sessionmaker[Session], storage: Storage) -> Callable[[], None]:
+    """Purge every half minute in a thread of its own; the function returned stops it and waits for it."""
+    stopping = threading.Event()
+
+    def loop() -> None:
+        while not stopping.wait(EVERY_S):
+            try:
+                run_once(sessions, storage)
+            except (SQLAlchemyError, ServiceError) as error:
+                # The database or the storage is away: the next pass finds the same work.
+                log.warning("purge_failed", reason=str(error))
+            except Exception:  # (a thread's edge: the next pass may fare better)
+                log.exception("purge_failed")
+
+    thread = threading.Thread(target=loop, name="purge", daemon=True)
+    thread.start()
+
+    def stop() -> None:
+        stopping.set()
+        thread.join(timeout=10)
+
+    return stop
+
+
+def run_once(sessions: sessionmaker[Session], storage: Storage, *, grace: timedelta = GRACE) -> int:
+    """Hide what has expired, remove the bytes of what has been hidden for `grace`, and return how many blobs went."""
+    with transaction(sessions) as session:
+        repository.hide_expired(session)
+    removed = 0
+    while batch := _remove_batch(sessions, storage, grace):
+        removed += batch
+    return removed
+
+
+def _remove_batch(sessions: sessionmaker[Session], storage: Storage, grace: timedelta) -> int:
+    with transaction(sessions) as session:
+        files = repository.lock_purgeable(session, hidden_before=clock.now() - grace, limit=_BATCH)
+        for file in files:
+            storage.delete(file.blob_key)  # a rollback repeats it, which is harmless
+            file.blob_key = repository.BLOB_GONE
+        return len(files)

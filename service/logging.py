@@ -1,0 +1,78 @@
+"""Log lines: one JSON object each, on standard error, from structlog and from the standard library alike.
+
+What is bound with `structlog.contextvars` (request id, job id) is on every line of that context. Secrets never
+get in: whatever looks like one of our keys is blanked out before a line is written.
+"""
+
+import logging
+import re
+import sys
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+_SECRET = re.compile(r"sk-nibble-[A-Za-z0-9_-]+|(?i:bearer)\s+\S+|(?<=://)[^\s/@]*:[^\s/@]*(?=@)")
+_BLANK = "[secret]"
+
+
+def configure(level: str = "INFO") -> None:
+    """Send every log line of this process to standard error as JSON, from `level` (DEBUG … ERROR) on.
+
+    Raises:
+        ValueError: there is no such level.
+    """
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"log level {level!r} is none of DEBUG, INFO, WARNING, ERROR, CRITICAL")
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                _blank_secrets,
+                structlog.processors.JSONRenderer(default=str),
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(number)
+
+
+def get_logger(name: str) -> structlog.stdlib.BoundLogger:
+    """Return the logger `name`; its events are constant names, the data are fields."""
+    logger: structlog.stdlib.BoundLogger = structlog.stdlib.get_logger(name)
+    return logger
+
+
+def blank_secrets(text: str) -> str:
+    """Return `text` with everything that looks like a key, or a password in an address, blanked out."""
+    return _SECRET.sub(_BLANK, text)
+
+
+def _blank_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    return {key: _blank(value) for key, value in event.items()}
+
+
+def _blank(value: object) -> object:
+    return blank_secrets(value) if isinstance(value, str) else value
