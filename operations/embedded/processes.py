@@ -126,9 +126,14 @@ def take_lock(path: Path, busy: str) -> int:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise DataFolderBusy(f"{busy} ({holder})" if holder else busy) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()}".encode(), 0)
+    note_holder(descriptor, f"process {os.getpid()}")
     return descriptor
+
+
+def note_holder(descriptor: int, text: str) -> None:
+    """Write into a lock's file who holds it, for the message of `DataFolderBusy`."""
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text.encode(), 0)
