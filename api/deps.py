@@ -18,6 +18,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.errors import InvalidApiKey
+from service.events.feed import Feed
 from service.keys.actions import Caller
 from service.models.catalog import Catalog
 from service.queue.kick import Doorbell
@@ -28,6 +29,9 @@ _POOL_SIZE = 10
 _MAX_TRANSACTIONS = 16
 """Of the pool's 20 connections. Were a request to wait for a connection in a thread, while those that hold one wait for
 a thread, all would stand still; so requests wait here instead, holding neither, and 4 are left for short transactions."""
+
+_MAX_STREAM_READS = 2
+"""Of those 4: event streams read often, and must leave room for the keys of requests."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class State:
     storage: Storage
     catalog: Catalog
     doorbell: Doorbell
+    feed: Feed
     is_set_up: threading.Event = field(default_factory=threading.Event)
     """Set once the first key is there."""
     transactions: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_MAX_TRANSACTIONS)
+    )
+    stream_reads: anyio.CapacityLimiter = field(
+        default_factory=lambda: anyio.CapacityLimiter(_MAX_STREAM_READS)
     )
 
 

@@ -12,9 +12,10 @@ from fastapi import APIRouter, FastAPI
 from api import errors, pages
 from api.deps import DocumentsBearer, State
 from api.middleware import Authenticate, JsonBody, RequestContext
-from api.routes import files, health, models
+from api.routes import adapters, checkpoints, events, files, health, jobs, models
 from api.startup import start_background
 from service import db
+from service.events.feed import Feed
 from service.models.catalog import Catalog
 from service.queue.kick import Doorbell
 from service.settings import Settings
@@ -42,6 +43,7 @@ def create_app(settings: Settings) -> FastAPI:
         storage=Storage.open(settings),
         catalog=Catalog.load(settings.models_file),
         doorbell=Doorbell(settings),
+        feed=Feed.of(settings),
     )
     app = FastAPI(
         title="Nibble",
@@ -66,8 +68,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[DocumentsBearer])
-    # The queue's colleague adds: jobs, events, checkpoints, adapters.
-    for resource in (files, models):
+    for resource in (files, jobs, events, checkpoints, adapters, models):
         router.include_router(resource.router)
     return router
 
@@ -79,6 +80,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     try:
         yield
     finally:
+        await state.feed.close()
         await run_sync(stop)
         await run_sync(state.doorbell.close)
         await run_sync(state.engine.dispose)

@@ -6,6 +6,7 @@
     ├── InvalidApiKey            401
     ├── NotFound                 404
     ├── TooLarge                 413
+    ├── RangeNotSatisfiable      416, with Content-Range
     ├── TooManyJobs              429, never to be retried by itself
     ├── Unavailable              503, with Retry-After
     └── StorageFull              507
@@ -69,6 +70,18 @@ class TooLarge(ServiceError):
     status = 413
     type = "invalid_request_error"
     default_code = "file_too_large"
+
+
+class RangeNotSatisfiable(ServiceError):
+    """The asked part of a download is beyond its end."""
+
+    status = 416
+    type = "invalid_request_error"
+    default_code = "range_not_satisfiable"
+
+    def __init__(self, message: str, *, size: int) -> None:
+        super().__init__(message, param="Range")
+        self.size = size  # of the whole, in bytes
 
 
 class TooManyJobs(ServiceError):
