@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
@@ -41,21 +42,30 @@ def check_target(folder: Path) -> Path:
 
 
 def download(
-    client: "OpenAI", job_id: str, folder: Path, *, patience_s: float = 300.0
+    client: "OpenAI",
+    job_id: str,
+    folder: Path,
+    *,
+    checkpoint: str | None = None,
+    patience_s: float = 300.0,
 ) -> list[Unpacked]:
-    """Fetch the adapter of a succeeded job into `folder` and return its files.
+    """Fetch the adapter of a succeeded job, or of a checkpoint of any job, into `folder` and return its files.
 
     Raises:
         Ending: refused by the service; out of reach for `patience_s`; or what came is damaged (failed).
     """
-    part = folder.parent / f".{folder.name}.{job_id}.part"
-    fetch = _Fetch(client, job_id, part, patience_s)
+    wanted = checkpoint or job_id
+    part = folder.parent / f".{folder.name}.{Path(wanted).name}.part"
+    path = f"/fine_tuning/jobs/{quote(job_id, safe='')}/adapter"
+    if checkpoint:
+        path += f"?checkpoint={quote(checkpoint, safe='')}"
+    fetch = _Fetch(client, path, part, patience_s)
     fetch.run()
     try:
         files = unpack(part, folder)
     except BadArchiveError as error:
         fetch.discard()
-        again = f"fetch it again with: nibble jobs download {job_id} {folder}"
+        again = "run the same command again to fetch it anew"
         raise Ending(
             ExitCode.FAILED, f"the adapter's archive is not whole: {error}; {again}"
         ) from error
@@ -66,9 +76,9 @@ def download(
 class _Fetch:
     """The bytes of one archive, into `part`, over as many connections as it takes."""
 
-    def __init__(self, client: "OpenAI", job_id: str, part: Path, patience_s: float) -> None:
+    def __init__(self, client: "OpenAI", path: str, part: Path, patience_s: float) -> None:
         self._client = client
-        self._path = f"/fine_tuning/jobs/{job_id}/adapter"
+        self._path = path
         self._part = part
         self._etag_file = part.with_name(part.name + ".etag")
         self._patience_s = patience_s

@@ -65,8 +65,6 @@ def _status_ending(error: "APIStatusError") -> Ending:
         message = (
             f"{_Service.address} does not take the API key from {_Service.key_source}: {message}"
         )
-    elif envelope.get("param"):
-        message = f"{envelope['param']}: {message}"
     code = ExitCode.REFUSED
     if error.status_code == 408 or error.status_code >= 500:
         code = ExitCode.UNREACHABLE

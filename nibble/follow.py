@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from nibble.answers import expect_job
 from nibble.connection import open_body, read_body
@@ -90,7 +91,9 @@ class Follower:
         if self._last_id is not None:
             headers["Last-Event-ID"] = self._last_id
         try:
-            stream = open_body(self._client, f"/fine_tuning/jobs/{self._job_id}/stream", headers)
+            stream = open_body(
+                self._client, f"/fine_tuning/jobs/{quote(self._job_id, safe='')}/stream", headers
+            )
         except APIStatusError as error:
             if is_passing(error) and error.status_code != 501:
                 raise

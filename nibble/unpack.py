@@ -9,6 +9,7 @@ import json
 import shutil
 import tarfile
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
@@ -17,6 +18,9 @@ MANIFEST = "manifest.json"
 _CHUNK_BYTES = 1 << 20
 _MAX_MANIFEST_BYTES = 10_000_000
 
+_Content = tuple[int, str]
+"""How many bytes, and their sha256 in hex."""
+
 
 class BadArchiveError(Exception):
     """The archive is damaged, or holds what no adapter does; nothing was left in the target folder."""
@@ -24,7 +28,7 @@ class BadArchiveError(Exception):
 
 @dataclass(frozen=True)
 class Unpacked:
-    """One file that was written; `name` is relative to the folder, `sha256` is in hex."""
+    """One file of the adapter; `name` is relative to its folder, `sha256` is in hex."""
 
     name: str
     bytes: int
@@ -41,20 +45,21 @@ def unpack(archive: Path, folder: Path) -> list[Unpacked]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.unpacking-", dir=folder.parent))
     try:
-        files = _extract(archive, staging)
-        _check(files, staging)
-        staging.chmod(0o755)
+        written = _extract(archive, staging)
+        top = _top(written)
+        files = {name.removeprefix(top): file for name, file in written.items()}
+        _check(files, staging / top)
         if folder.is_dir():
             folder.rmdir()  # empty, or an OSError that says so
-        staging.rename(folder)
-    except BaseException:
+        (staging / top).chmod(0o755)
+        (staging / top).rename(folder)
+    finally:
         shutil.rmtree(staging, ignore_errors=True)
-        raise
-    return sorted(files.values(), key=lambda file: file.name)
+    return [Unpacked(name, *files[name]) for name in sorted(files)]
 
 
-def _extract(archive: Path, folder: Path) -> dict[str, Unpacked]:
-    files: dict[str, Unpacked] = {}
+def _extract(archive: Path, folder: Path) -> dict[str, _Content]:
+    files: dict[str, _Content] = {}
     try:
         with tarfile.open(archive, "r:") as tar:
             for member in tar:
@@ -73,6 +78,17 @@ def _extract(archive: Path, folder: Path) -> dict[str, Unpacked]:
     return files
 
 
+def _top(files: Iterable[str]) -> str:
+    """The folder inside the archive that holds the manifest, and everything else: "" or "name/"."""
+    tops = {name.removesuffix(MANIFEST) for name in files if PurePosixPath(name).name == MANIFEST}
+    top = min(tops, key=len, default=None)
+    if top is None:
+        raise BadArchiveError(f"it has no {MANIFEST}")
+    if outside := sorted(name for name in files if not name.startswith(top)):
+        raise BadArchiveError(f"{outside[0]!r} in it is not in its manifest")
+    return top
+
+
 def _safe_name(name: str) -> str:
     path = PurePosixPath(name)
     parts = path.parts
@@ -82,7 +98,7 @@ def _safe_name(name: str) -> str:
     return str(path)
 
 
-def _write(content: IO[bytes], folder: Path, name: str, size: int) -> Unpacked:
+def _write(content: IO[bytes], folder: Path, name: str, size: int) -> _Content:
     target = folder / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,25 +113,25 @@ def _write(content: IO[bytes], folder: Path, name: str, size: int) -> Unpacked:
             file.write(chunk)
     if written != size:
         raise BadArchiveError(f"{name!r} in it ends early")
-    return Unpacked(name, written, digest.hexdigest())
+    return written, digest.hexdigest()
 
 
-def _check(files: dict[str, Unpacked], folder: Path) -> None:
+def _check(files: dict[str, _Content], folder: Path) -> None:
     """Every file but the manifest is in the manifest, with its size and sha256, and nothing is missing."""
-    promised = _manifest(files, folder)
-    found = {name: file for name, file in files.items() if name != MANIFEST}
+    promised = _manifest(files[MANIFEST][0], folder)
+    found = {name: content for name, content in files.items() if name != MANIFEST}
     if missing := sorted(promised.keys() - found.keys()):
         raise BadArchiveError(f"{missing[0]!r} is missing from it")
     if unknown := sorted(found.keys() - promised.keys()):
         raise BadArchiveError(f"{unknown[0]!r} in it is not in its manifest")
-    for name, file in found.items():
-        if (file.bytes, file.sha256) != promised[name]:
+    for name, content in found.items():
+        if content != promised[name]:
             raise BadArchiveError(f"{name!r} does not match its sha256 in the manifest")
 
 
-def _manifest(files: dict[str, Unpacked], folder: Path) -> dict[str, tuple[int, str]]:
-    if MANIFEST not in files or files[MANIFEST].bytes > _MAX_MANIFEST_BYTES:
-        raise BadArchiveError(f"it has no {MANIFEST}")
+def _manifest(size_bytes: int, folder: Path) -> dict[str, _Content]:
+    if size_bytes > _MAX_MANIFEST_BYTES:
+        raise BadArchiveError(f"its {MANIFEST} is too long")
     try:
         document: Any = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         listed = cast("list[dict[str, Any]]", document["files"])

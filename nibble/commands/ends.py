@@ -21,6 +21,8 @@ _CODES = {
     "cancelled": ExitCode.CANCELLED,
 }
 
+_BAD_LINES = 10
+
 
 def follow(client: "OpenAI", job_id: str, *, patience_s: float) -> "FineTuningJob":
     """Show a job's progress to its end and return it. Ctrl-C leaves the job alone and ends here (130)."""
@@ -40,10 +42,15 @@ def follow(client: "OpenAI", job_id: str, *, patience_s: float) -> "FineTuningJo
 
 
 def fetch_adapter(
-    client: "OpenAI", job_id: str, folder: Path, *, patience_s: float
+    client: "OpenAI",
+    job_id: str,
+    folder: Path,
+    *,
+    patience_s: float,
+    checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Download and unpack an adapter, say so, and return what `--json` tells of it."""
-    files = download(client, job_id, folder, patience_s=patience_s)
+    files = download(client, job_id, folder, checkpoint=checkpoint, patience_s=patience_s)
     total = sum(file.bytes for file in files)
     output.say(f"The adapter is in {folder} ({len(files)} files, {output.size(total)}).")
     listed = [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in files]
@@ -68,7 +75,7 @@ def show_job(job: "FineTuningJob", *, json: bool, adapter: dict[str, Any] | None
             ("trained tokens", job.trained_tokens),
             ("created", output.local_time(job.created_at)),
             ("finished", output.local_time(job.finished_at)),
-            ("error", _error(job)),
+            ("error", _error(document)),
             ("adapter", adapter and adapter["folder"]),
         )
     )
@@ -87,7 +94,13 @@ def _hyperparameters(document: dict[str, Any]) -> str | None:
     return ", ".join(f"{name}={value}" for name, value in known.items()) or None
 
 
-def _error(job: "FineTuningJob") -> str | None:
-    if job.error is None or not job.error.message:
-        return None
-    return f"{job.error.message} ({job.error.code})" if job.error.code else job.error.message
+def _error(document: dict[str, Any]) -> str | None:
+    """Why the job failed, what helps, and the first bad lines of its file."""
+    error = cast("dict[str, Any]", document.get("error") or {})
+    told = [str(error[part]) for part in ("message", "hint") if error.get(part)]
+    report = cast("dict[str, Any]", document.get("dataset_report") or {})
+    lines = cast("list[dict[str, Any]]", report.get("errors") or [])
+    told += [str(line.get("message")) for line in lines[:_BAD_LINES]]
+    if len(lines) > _BAD_LINES:
+        told.append(f"… and more bad lines: nibble jobs get {document.get('id')} --json")
+    return "\n  ".join(told) or None

@@ -8,7 +8,7 @@ import typer
 
 from nibble import output
 from nibble.answers import expect, expect_list
-from nibble.commands.options import BaseUrl, Json
+from nibble.commands.options import BaseUrl, Json, an_id
 from nibble.connection import connect
 from nibble.endings import guarded
 from nibble.upload import check_local, upload
@@ -68,7 +68,7 @@ def list_files(
 @app.command("delete")
 @guarded
 def delete_files(
-    ids: Annotated[list[str], typer.Argument(metavar="FILE-ID…")],
+    ids: Annotated[list[str], typer.Argument(metavar="FILE-ID…", parser=an_id)],
     base_url: BaseUrl = None,
     json: Json = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -10,15 +10,13 @@ from nibble import output
 from nibble.answers import expect_job, expect_list
 from nibble.commands.create import create
 from nibble.commands.ends import end_with, fetch_adapter, follow, show_job
-from nibble.commands.options import BaseUrl, Json, Patience
+from nibble.commands.options import BaseUrl, JobId, Json, Patience
 from nibble.connection import connect
 from nibble.download import check_target
 from nibble.endings import guarded
 
 app = typer.Typer(help="Fine-tuning jobs.", no_args_is_help=True)
 app.command("create")(create)
-
-JobId = Annotated[str, typer.Argument(metavar="JOB-ID")]
 
 
 @app.command("list")
@@ -77,6 +75,27 @@ def cancel_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> N
         output.say(f"Its worker is being told; watch it stop with: nibble jobs watch {job.id}")
 
 
+@app.command("checkpoints")
+@guarded
+def list_checkpoints(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> None:
+    """List the adapters kept on the way, newest first."""
+    from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
+
+    client = connect(base_url)
+    ask = functools.partial(client.fine_tuning.jobs.checkpoints.list, job_id, limit=100)
+    found = expect_list(FineTuningJobCheckpoint, ask, limit=1_000)
+    if json:
+        output.print_json({"object": "list", "data": [c.to_dict(mode="json") for c in found]})
+        return
+    rows = (
+        (c.id, c.step_number, _valid_loss(c.to_dict()), c.fine_tuned_model_checkpoint)
+        for c in found
+    )
+    output.print_table(
+        ("CHECKPOINT", "STEP", "VALIDATION LOSS", "NAME"), rows, empty="It has no checkpoints yet."
+    )
+
+
 @app.command("download")
 @guarded
 def download_adapter(
@@ -84,14 +103,24 @@ def download_adapter(
     folder: Annotated[
         Path | None, typer.Argument(metavar="[DIR]", help="A new folder; the default is ./JOB-ID.")
     ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A checkpoint's id (`nibble jobs checkpoints`), of any job.")
+    ] = None,
     timeout: Patience = 300.0,
     base_url: BaseUrl = None,
     json: Json = False,
 ) -> None:
     """Download a succeeded job's adapter, ready for peft; a broken download goes on where it stopped."""
     target = check_target(folder or Path(Path(job_id).name))
-    adapter: dict[str, Any] = fetch_adapter(connect(base_url), job_id, target, patience_s=timeout)
+    client = connect(base_url)
+    adapter = fetch_adapter(client, job_id, target, patience_s=timeout, checkpoint=checkpoint)
     if json:
         output.print_json(adapter)
     else:
         output.print_result(adapter["folder"])
+
+
+def _valid_loss(checkpoint: dict[str, Any]) -> str | None:
+    metrics = cast("dict[str, Any]", checkpoint.get("metrics") or {})
+    loss = metrics.get("full_valid_loss")
+    return f"{loss:.4f}" if isinstance(loss, float) else None

@@ -1,4 +1,4 @@
-"""The options that every command has."""
+"""The options and arguments that several commands have."""
 
 from typing import Annotated
 
@@ -13,6 +13,14 @@ def _use_json(wanted: bool) -> bool:
     return wanted
 
 
+def an_id(text: str) -> str:
+    """An id as it was given; an empty one (a shell variable that was never set) is refused here."""
+    if not text.strip():
+        raise typer.BadParameter("an id cannot be empty.")
+    return text
+
+
+JobId = Annotated[str, typer.Argument(metavar="JOB-ID", parser=an_id)]
 BaseUrl = Annotated[
     str | None,
     typer.Option(
