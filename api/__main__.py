@@ -1,8 +1,10 @@
 """`python -m api`: serve on the configured host and port until told to stop."""
 
+import signal
 import sys
 
 import uvicorn
+from pydantic import ValidationError
 
 from api.main import create_app
 from service import logging
@@ -18,10 +20,12 @@ _GRACE_S = 5
 
 def main() -> None:
     """Read the settings, make the application, serve it."""
-    settings = Settings()
     try:
+        settings = Settings()
         logging.configure(settings.log_level)
         app = create_app(settings)
+    except ValidationError as error:
+        sys.exit(f"nibble api: {_setting_problems(error)}")
     except (
         DatabaseUrlMissing,
         RedisUrlMissing,
@@ -31,6 +35,8 @@ def main() -> None:
         OSError,
     ) as error:
         sys.exit(f"nibble api: {error}")
+    # uvicorn ends well on SIGTERM and then sends it to itself again; to end as told is no failure.
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
     uvicorn.run(
         app,
         host=settings.host,
@@ -39,6 +45,14 @@ def main() -> None:
         access_log=False,  # the middleware writes one line per request, with its id
         server_header=False,
         timeout_graceful_shutdown=_GRACE_S,
+    )
+
+
+def _setting_problems(error: ValidationError) -> str:
+    # Without the values: one of them is a password.
+    return "; ".join(
+        f"NIBBLE_{'_'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}"
+        for problem in error.errors(include_input=False, include_url=False)
     )
 
 

@@ -52,7 +52,9 @@ def errors(*kinds: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
 def install(app: FastAPI) -> None:
     """Make `answer` the handler of every error we expect; what is left ends in the outermost middleware."""
 
-    async def handle(_request: Request, error: Exception) -> Response:
+    async def handle(request: Request, error: Exception) -> Response:
+        if isinstance(error, HTTPException) and error.status_code in {404, 405}:
+            return _of_unknown(request, error)
         return answer(error)
 
     for kind in (
@@ -115,11 +117,25 @@ def _render(error: ServiceError) -> Response:
     )
 
 
+def _of_unknown(request: Request, error: HTTPException) -> Response:
+    asked = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        message, code = f"Invalid URL ({asked})", "unknown_url"
+    else:
+        message, code = f"Not allowed: {asked}; another method may be", "method_not_supported"
+    return _envelope(
+        error.status_code,
+        message=f"{message}. Every address is described at /docs.",
+        type_="invalid_request_error",
+        code=code,
+        headers=error.headers,
+    )
+
+
 def _of_http(error: HTTPException) -> Response:
-    code = {404: "unknown_url", 405: "method_not_supported"}.get(error.status_code)
     type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
     return _envelope(
-        error.status_code, message=str(error.detail), type_=type_, code=code, headers=error.headers
+        error.status_code, message=str(error.detail), type_=type_, headers=error.headers
     )
 
 

@@ -3,6 +3,7 @@
 All three are plain ASGI: they act before a byte of the body is read, and streams pass through untouched.
 """
 
+import logging
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -25,6 +26,8 @@ from service.logging import get_logger
 log = get_logger(__name__)
 
 OPENAI_VERSION = "2020-10-01"
+_PROBES = {"/healthz", "/readyz"}
+"""Asked every few seconds by whoever watches over the process."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 _NO_KEY = (
     "You did not provide an API key. Send it in an Authorization header: 'Authorization: Bearer YOUR_KEY'."
@@ -73,7 +76,8 @@ class RequestContext:
                     log.exception("response_broken_off")
                     raise
                 await answer(error)(scope, body.receive, send_with_headers)
-            log.info(
+            log.log(
+                logging.DEBUG if scope["path"] in _PROBES else logging.INFO,
                 "request",
                 method=scope["method"],
                 path=scope["path"],

@@ -48,6 +48,7 @@ def configure(level: str = "INFO") -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _drop_colours,
                 structlog.processors.format_exc_info,
                 _blank_secrets,
                 structlog.processors.JSONRenderer(default=str),
@@ -57,6 +58,8 @@ def configure(level: str = "INFO") -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(number)
+    # It says twice per look at the schema that it looks, and `/readyz` looks often.
+    logging.getLogger("alembic.runtime.migration").setLevel(max(number, logging.WARNING))
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:
@@ -68,6 +71,11 @@ def get_logger(name: str) -> structlog.stdlib.BoundLogger:
 def blank_secrets(text: str) -> str:
     """Return `text` with everything that looks like a key, or a password in an address, blanked out."""
     return _SECRET.sub(_BLANK, text)
+
+
+def _drop_colours(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.pop("color_message", None)  # uvicorn's second copy of its message
+    return event
 
 
 def _blank_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
