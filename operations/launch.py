@@ -173,18 +173,16 @@ class Service:
         return self.settings.stop_grace_s + _WORKER_MARGIN_S
 
     def _environment(self) -> dict[str, str]:
-        """This process's environment, and the settings in force: servers' URLs may carry passwords."""
-        settings = self.settings
-        values = {
-            "DATA_DIR": str(settings.data_dir),
-            "DATABASE_URL": _revealed(settings.database_url),
-            "REDIS_URL": _revealed(settings.redis_url),
-            "MODELS_FILE": str(settings.models_file),
-            "HOST": settings.host,
-            "PORT": str(settings.port),
-        }
-        ours = {f"NIBBLE_{name}": value for name, value in values.items() if value}
-        return {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
+        """This process's environment with the settings in force: not in argv, for URLs may carry passwords."""
+        variables = dict(os.environ)
+        for name in Settings.model_fields:
+            value: object = getattr(self.settings, name)
+            variable = f"NIBBLE_{name.upper()}"
+            variables.pop(variable, None)
+            if value is not None:
+                revealed = value.get_secret_value() if isinstance(value, SecretStr) else value
+                variables[variable] = str(revealed)
+        return variables | {"PYTHONUNBUFFERED": "1"}
 
 
 def free_port(host: str) -> int:
@@ -192,10 +190,6 @@ def free_port(host: str) -> int:
     with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
         return int(probe.getsockname()[1])
-
-
-def _revealed(secret: SecretStr | None) -> str:
-    return secret.get_secret_value() if secret else ""
 
 
 def _check_port(settings: Settings) -> None:
