@@ -9,7 +9,7 @@
     ├── RangeNotSatisfiable      416, with Content-Range
     ├── TooManyJobs              429, never to be retried by itself
     ├── Unavailable              503, with Retry-After
-    └── StorageFull              507
+    └── StorageFull              507, never to be retried by itself
 
 One handler in `api/errors.py` renders them all in OpenAI's envelope. Workers never raise these to users:
 what fails there ends in a job's `error`.
@@ -102,8 +102,9 @@ class Unavailable(ServiceError):
 
 
 class StorageFull(ServiceError):
-    """There is no room for what was sent."""
+    """There is no room for what was sent, and trying again makes none."""
 
     status = 507
     type = "server_error"
     default_code = "insufficient_storage"
+    should_retry = False

@@ -62,16 +62,16 @@ def settings(settings: Settings, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture(scope="module")
-def steady(
+def steady_settings(
     tmp_path_factory: pytest.TempPathFactory,
     postgres_server: postgres.Postgres,
     valkey_server: valkey.Valkey,
     _template: str,
-) -> Iterator[httpx2.Client]:
-    """A client, with a key, of one API for all tests of a file: for tests that leave nothing behind there."""
+) -> Iterator[Settings]:
+    """The settings of `steady`."""
     folder = tmp_path_factory.mktemp("steady")
     with closing_database(postgres_server, _template) as database_url:
-        settings = Settings(
+        yield Settings(
             _env_file=None,  # pyright: ignore[reportCallIssue]
             data_dir=folder / "data",
             database_url=SecretStr(database_url),
@@ -79,10 +79,16 @@ def steady(
             models_file=write_catalog(folder),
             min_free_bytes=0,
         )
-        with serve(settings) as url:
-            headers = {"authorization": f"Bearer {settings.first_key_file.read_text().strip()}"}
-            with httpx2.Client(base_url=url, headers=headers, timeout=30) as client:
-                yield client
+
+
+@pytest.fixture(scope="module")
+def steady(steady_settings: Settings) -> Iterator[httpx2.Client]:
+    """A client, with a key, of one API for all tests of a file: for tests that leave nothing behind there."""
+    with serve(steady_settings) as url:
+        key = steady_settings.first_key_file.read_text().strip()
+        headers = {"authorization": f"Bearer {key}"}
+        with httpx2.Client(base_url=url, headers=headers, timeout=30) as client:
+            yield client
 
 
 @contextlib.contextmanager
@@ -249,3 +255,8 @@ def training_file(client: OpenAI) -> str:
 def worker(sessions: sessionmaker[Session], settings: Settings, tmp_path: Path) -> HandWorker:
     """A worker played by hand, over the running API's database and storage."""
     return HandWorker(sessions, settings, Storage.open(settings), tmp_path / "scratch")
+
+
+def blobs_of(settings: Settings) -> list[Path]:
+    """Return every file under the storage's folder, also those still being written."""
+    return [path for path in (settings.data_dir / "blobs").rglob("*") if path.is_file()]
