@@ -55,6 +55,10 @@ class Settings(BaseSettings):
     train_slots: int | None = Field(default=None, ge=0)
     """Training slots of a worker: None is one per GPU, or one on the CPU where there is no GPU."""
     validate_slots: int = Field(default=1, ge=0)
+    validate_memory_bytes: int = Field(default=4 << 30, ge=1 << 28)
+    """What the process that checks a file may allocate."""
+    validate_time_s: int = Field(default=900, ge=1)
+    """How long it may take once the model's files are there."""
 
     @field_validator("database_url")
     @classmethod

@@ -22,6 +22,8 @@ class Claim:
     kind: Kind
     job: Job
     fence: Fence
+    blobs: dict[str, str]
+    """Where the bytes of the job's files are: file id → blob key."""
 
 
 def claim(
@@ -46,7 +48,8 @@ def claim(
     else:
         append(session, job.project_id, job.id, NewEvent(_validating(job)))
     fence = Fence(job.id, job.project_id, job.attempt_no, worker_id)
-    return Claim(kind, job, fence)
+    files = [job.training_file, *([job.validation_file] if job.validation_file else [])]
+    return Claim(kind, job, fence, repository.blob_keys(session, job.project_id, files))
 
 
 def _start_event(session: Session, job: Job) -> NewEvent:

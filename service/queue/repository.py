@@ -16,7 +16,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
-from service.tables import Attempt, Event, Job, Project, Worker
+from service.tables import Attempt, Event, File, Job, Project, Worker
 
 _CLAIMS_LOCK = 0x6E6962_01
 _LOOPS_LOCK = 0x6E6962_02
@@ -203,29 +203,23 @@ def training_attempts_before(session: Session, job_id: str, attempt_no: int) -> 
     return session.scalars(statement).all()
 
 
-def last_line(session: Session, job_id: str, attempt_no: int) -> int:
-    """Return the number of the last line of an attempt's events.jsonl that is an event already; 0: none."""
-    statement = select(func.max(Event.line_no)).where(
-        Event.job_id == job_id, Event.attempt_no == attempt_no
+def told_lines(session: Session, job_id: str, attempt_no: int, first: int, last: int) -> set[int]:
+    """Return which lines, from `first` to `last`, of an attempt's events.jsonl are events already."""
+    statement = select(Event.line_no).where(
+        Event.job_id == job_id,
+        Event.attempt_no == attempt_no,
+        Event.line_no.between(first, last),
     )
-    return session.scalar(statement) or 0
+    lines = session.scalars(statement.limit(last - first + 1))
+    return {line for line in lines if line is not None}
 
 
-def step_metrics(session: Session, job_id: str) -> Sequence[dict[str, Any]]:
-    """Return the data of each step's metrics as the newest attempt told them, in the order of steps."""
-    step = Event.data["step"].as_integer()
-    statement = (
-        select(Event.data)
-        .where(Event.job_id == job_id, Event.type == "metrics", Event.data.has_key("step"))
-        .order_by(step, Event.attempt_no, Event.seq)
-        .limit(10_000_000)
+def blob_keys(session: Session, project_id: str, file_ids: Sequence[str]) -> dict[str, str]:
+    """Return where the bytes of the project's files are; deleted files keep theirs while a live job needs them."""
+    statement = select(File.id, File.blob_key).where(
+        File.project_id == project_id, File.id.in_(file_ids)
     )
-    merged: dict[int, dict[str, Any]] = {}
-    for data in session.scalars(statement):
-        if data is None:
-            continue
-        merged.setdefault(int(data["step"]), {}).update(data)
-    return list(merged.values())
+    return {row.id: row.blob_key for row in session.execute(statement.limit(len(file_ids)))}
 
 
 def save_worker(session: Session, worker: dict[str, Any]) -> None:

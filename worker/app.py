@@ -1,0 +1,52 @@
+"""The worker's ears: a Celery worker that hears kicks and rings the slots.
+
+The tasks return at once. The work itself runs in the slots' own threads (worker.slot), so a broker that is away,
+restarted or emptied touches no attempt, and a warm shutdown never waits for hours.
+"""
+
+from celery import Celery, Task
+from celery.signals import worker_shutting_down
+
+from service.queue.broker import KINDS, Kind, make_app, task_name
+from service.settings import Settings
+from worker.crew import Crew
+
+_ANSWER_WITHIN_S = 30.0
+
+
+def make_worker_app(settings: Settings, crew: Crew) -> Celery:
+    """Return the Celery app whose tasks ring `crew`."""
+    app = make_app(settings, answer_within_s=_ANSWER_WITHIN_S)
+    for kind in KINDS:
+        _add_kick(app, crew, kind)
+    return app
+
+
+def _add_kick(app: Celery, crew: Crew, kind: Kind) -> None:
+    def kick() -> None:
+        crew.ring(kind)
+
+    task: Task[[], None] = app.task(kick, name=task_name(kind), ignore_result=True)
+    del task  # registered under its name
+
+
+def listen(app: Celery, crew: Crew) -> None:
+    """Hear kicks until told to stop (SIGTERM, SIGINT); children are told at the first sign of it."""
+
+    def stop(**_: object) -> None:
+        crew.request_stop()
+
+    worker_shutting_down.connect(stop, weak=False)
+    kinds = sorted({slot.kind for slot in crew.slots})
+    arguments = [
+        "worker",
+        "--pool=threads",
+        f"--concurrency={max(1, len(crew.slots))}",
+        f"--queues={','.join(kinds)}",
+        f"--hostname={crew.context.worker_id}@{crew.context.host}",
+        "--loglevel=WARNING",
+        "--without-gossip",
+        "--without-mingle",
+        "--without-heartbeat",
+    ]
+    app.worker_main(arguments)

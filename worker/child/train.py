@@ -1,0 +1,102 @@
+"""Trains: the base model, the files and the settings of spec.json go into `qlora_core`, events and an adapter come out.
+
+Importing this module imports torch and transformers, which is what a spare child does ahead of time; nothing
+here touches a GPU before `run`.
+"""
+
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import transformers
+
+from qlora_core.data import Dataset, load_dataset
+from qlora_core.models import load_model
+from qlora_core.text import TextEncoder
+from qlora_core.train import TrainResult, train
+from service.models.actions import resolve_folder
+from worker.child.lease import wait_until_ours
+from worker.child.plan import base_model, train_config
+from worker.child.report import Report, sink
+from worker.folder import AttemptFolder
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+
+
+class _StopWish:
+    """SIGTERM, noted: the engine asks after each step and leaves a resume point."""
+
+    def __init__(self) -> None:
+        self.came = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.came = True
+
+
+def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Train and return what result.json will hold.
+
+    Raises:
+        EngineError, ModelUnavailable, MemoryError, OSError: see `worker.child.failures`.
+    """
+    wish = _StopWish()
+    transformers.logging.disable_progress_bar()
+
+    def should_stop() -> bool:
+        wait_until_ours(folder)
+        return wish.came
+
+    device = str(spec["device"])
+    config = train_config(spec)
+    model_folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
+    encoder = TextEncoder.from_folder(model_folder)
+    dataset = load_dataset(
+        Path(spec["training_file"]), encoder, context_length=config.context_length
+    )
+    model = load_model(model_folder, device=device, compute_dtype=compute_dtype(device))
+    result = train(
+        model,
+        encoder,
+        dataset,
+        config,
+        sink(report),
+        output_dir=folder.run,
+        validation=_validation(spec, encoder, config.context_length),
+        sample_prompts=spec["sample_prompts"],
+        resume_from=spec["resume_from"],
+        should_stop=should_stop,
+    )
+    return _as_result(folder, result)
+
+
+def compute_dtype(device: str) -> torch.dtype:
+    """Return what products are computed in: bfloat16 on a GPU that has it, else float16; float32 on a CPU."""
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _validation(spec: dict[str, Any], encoder: TextEncoder, context_length: int) -> Dataset | None:
+    if spec["validation_file"] is None:
+        return None
+    return load_dataset(Path(spec["validation_file"]), encoder, context_length=context_length)
+
+
+def _as_result(folder: AttemptFolder, result: TrainResult) -> dict[str, Any]:
+    versions = {name: version(name) for name in _PACKAGES}
+    if result.stopped:
+        return {"outcome": "stopped", "error": None, "versions": versions, "steps": result.steps}
+    return {
+        "outcome": "succeeded",
+        "error": None,
+        "versions": versions,
+        "steps": result.steps,
+        "trained_tokens": result.trained_tokens,
+        "train_loss": result.train_loss,
+        "valid_loss": result.valid_loss,
+        "adapter": str(result.adapter.relative_to(folder.path)),
+    }

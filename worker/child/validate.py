@@ -1,0 +1,138 @@
+"""Checks a job's files with the very code that will read them for training, in bounded memory and time. No torch.
+
+Every bad line is told as an event (the first 100 of each file), and the whole report is stored with the job.
+"""
+
+import resource
+import signal
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_core.text import DatasetReport, TextEncoder, check_dataset
+from service.jobs.resolve import resolve_context_length, resolve_hyperparameters
+from service.models.actions import resolve_folder
+from worker.child.plan import base_model
+from worker.child.report import Report
+from worker.folder import AttemptFolder
+from worker.reasons import JobError
+
+Param = Literal["training_file", "validation_file"]
+
+_MIN_TRAINING_EXAMPLES = 10
+_MIN_VALIDATION_EXAMPLES = 1
+
+
+def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Check both files and return what result.json will hold: the reports, and the resolved hyperparameters.
+
+    Raises:
+        EngineError, ModelUnavailable: the base model cannot be used.
+        MemoryError: a file needs more than is allowed.
+    """
+    folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
+    _limit(int(spec["memory_bytes"]), int(spec["time_s"]))
+    encoder = TextEncoder.from_folder(folder)
+    requested = spec["hyperparameters"]
+    context_length = resolve_context_length(requested, encoder.context_length)
+
+    training = check_dataset(
+        Path(spec["training_file"]),
+        encoder,
+        context_length=context_length,
+        min_examples=_MIN_TRAINING_EXAMPLES,
+    )
+    _tell(report, "training_file", training, context_length)
+    validation: DatasetReport | None = None
+    if spec["validation_file"] is not None:
+        validation = check_dataset(
+            Path(spec["validation_file"]),
+            encoder,
+            context_length=context_length,
+            min_examples=_MIN_VALIDATION_EXAMPLES,
+        )
+        _tell(report, "validation_file", validation, context_length)
+
+    reports: dict[str, Any] = {
+        "training_file": training.as_dict(),
+        "validation_file": None if validation is None else validation.as_dict(),
+    }
+    error = problem_of(training, validation)
+    if error is not None:
+        return {"outcome": "failed", "error": error, "report": reports}
+    return {
+        "outcome": "succeeded",
+        "error": None,
+        "report": reports,
+        "hyperparameters": resolve_hyperparameters(requested, training, encoder.context_length),
+    }
+
+
+def problem_of(training: DatasetReport, validation: DatasetReport | None) -> JobError | None:
+    """Return the job's error if a file cannot be used; the training file's comes first."""
+    if training.problem is not None:
+        problem = training.problem
+        return {"code": problem.code, "message": problem.message, "param": "training_file"}
+    if validation is None:
+        return None
+    if validation.problem is not None:
+        message = validation.problem.message
+        message = message.replace("training file", "validation file")
+        message = message.replace("Training file", "Validation file")
+        return _invalid_validation(message)
+    if validation.format != training.format:
+        return _invalid_validation(
+            "The job failed due to an invalid validation file. Unexpected file format: the training file is in the "
+            f"{training.format} format, but the validation file is in the {validation.format} format."
+        )
+    return None
+
+
+def _invalid_validation(message: str) -> JobError:
+    return {"code": "invalid_validation_file", "message": message, "param": "validation_file"}
+
+
+def _tell(report: Report, param: Param, found: DatasetReport, context_length: int) -> None:
+    """Tell every bad line, and what was cut or left out."""
+    name = param.replace("_", " ")
+    for error in found.errors:
+        report.message(
+            f"{name.capitalize()}, line {error.line}: {error.message}",
+            level="error",
+            data={
+                "kind": "line_error",
+                "param": param,
+                "line": error.line,
+                "code": error.code,
+                "field": error.field,
+            },
+        )
+    if found.n_errors > len(found.errors):
+        more = found.n_errors - len(found.errors)
+        report.message(
+            f"{name.capitalize()}: {more} more bad lines are not listed",
+            level="error",
+            data={"kind": "line_errors_left_out", "param": param, "count": more},
+        )
+    if found.n_truncated:
+        report.message(
+            f"{name.capitalize()}: {found.n_truncated} examples are longer than the context length of"
+            f" {context_length} tokens and are cut at their end",
+            level="warn",
+            data={"kind": "truncated", "param": param, "count": found.n_truncated},
+        )
+    if found.n_dropped:
+        report.message(
+            f"{name.capitalize()}: {found.n_dropped} examples are left out, since nothing in them would be trained",
+            level="warn",
+            data={"kind": "dropped", "param": param, "count": found.n_dropped},
+        )
+
+
+def _limit(memory_bytes: int, time_s: int) -> None:
+    """Cap what this process may allocate, and have the kernel end it when the time is over.
+
+    RLIMIT_DATA rather than RLIMIT_AS: threads' address space that is reserved but not used would count in the latter.
+    The clock starts once the model's files are here, since a download takes as long as the network lets it.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    signal.alarm(time_s)

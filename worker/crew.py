@@ -1,0 +1,193 @@
+"""All of a worker process but its ears: the slots, the heartbeat, and what former workers of this host left.
+
+Works without the broker; Celery (worker.app) only rings.
+"""
+
+import os
+import socket
+import threading
+import time
+from dataclasses import replace
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from service.db import connect, sessions, transaction
+from service.ids import new_id
+from service.logging import get_logger
+from service.models.catalog import Catalog
+from service.queue.broker import Kind
+from service.queue.kick import Doorbell
+from service.queue.lease import release_leases_of
+from service.queue.workers import WorkerSlots, sign_in, sign_out
+from service.settings import Settings
+from service.storage import Storage
+from worker import gpu
+from worker.context import WorkerContext
+from worker.gpu import Gpu
+from worker.locks import Incarnations, Lock
+from worker.probe import why_unusable
+from worker.slot import Place, Slot
+
+log = get_logger(__name__)
+
+_HEARTBEAT_S = 10.0
+_LAST_WORDS_S = 5.0
+"""How long, after `stop_grace_s`, a stopping worker goes on trying to tell the database."""
+
+
+class Crew:
+    """One per process. `start` returns at once; `stop` returns when no child is left."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Read the catalog and open the storage; nothing runs yet.
+
+        Raises:
+            DatabaseUrlMissing, RedisUrlMissing, CatalogError, StorageUrlInvalid: the settings do not do.
+        """
+        host = socket.gethostname()
+        self._settings = settings
+        self._engine = connect(settings)
+        self._lease_engine = connect(settings)
+        self.context = WorkerContext(
+            settings=settings,
+            sessions=sessions(self._engine),
+            lease_sessions=sessions(self._lease_engine),
+            storage=Storage.open(settings),
+            catalog=Catalog.load(settings.models_file),
+            doorbell=Doorbell(settings),
+            worker_id=new_id("worker_"),
+            host=host,
+        )
+        self._incarnations = Incarnations(settings.data_dir, host)
+        self._identity: Lock = self._incarnations.take(self.context.worker_id)
+        self._give_up = threading.Event()
+        self._stopping = threading.Event()
+        self.slots, self._shown = self._plan()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Release what dead workers of this host held, sign in, and begin to look for work."""
+        self._heart.start()
+        for slot in self.slots:
+            slot.start()
+        log.info(
+            "worker_started",
+            worker_id=self.context.worker_id,
+            train_slots=self._shown.train,
+            validate_slots=self._shown.validate,
+            problem=self._shown.problem,
+        )
+
+    def ring(self, kind: Kind) -> None:
+        """Have every slot of this kind look for work now."""
+        for slot in self.slots:
+            if slot.kind == kind:
+                slot.ring()
+
+    def request_stop(self) -> None:
+        """Have every slot give its work back; does not wait."""
+        self._stopping.set()
+        for slot in self.slots:
+            slot.stop()
+
+    def stop(self) -> None:
+        """Stop every child (they save a resume point), give their work back, sign out."""
+        self.request_stop()
+        deadline = time.monotonic() + self._settings.stop_grace_s + _LAST_WORDS_S
+        for slot in self.slots:
+            slot.join(max(0.0, deadline - time.monotonic()))
+        self._give_up.set()
+        ended = _all_end(self.slots)
+        self._heart.join(timeout=_LAST_WORDS_S)
+        try:
+            with self.context.transaction() as session:
+                sign_out(session, self.context.worker_id)
+        except SQLAlchemyError as error:
+            log.warning("not_signed_out", reason=str(error)[:200])
+        self.context.doorbell.close()
+        if ended:
+            self._incarnations.bury(self._identity)
+        self._engine.dispose()
+        self._lease_engine.dispose()
+        log.info("worker_stopped", worker_id=self.context.worker_id)
+
+    def _plan(self) -> tuple[list[Slot], WorkerSlots]:
+        """Decide on the slots: one per GPU, or on the CPU where there is none; and those that validate."""
+        settings = self._settings
+        gpus = gpu.discover()
+        problem = why_unusable() if gpus and settings.train_slots != 0 else None
+        places = train_places(gpus, settings.train_slots, usable=problem is None)
+        if problem is not None:
+            log.error("gpu_unusable", reason=problem)
+        validating = [Place("validate", n) for n in range(settings.validate_slots)]
+        slots = [
+            Slot(self.context, place, identity=self._identity, give_up=self._give_up)
+            for place in [*places, *validating]
+        ]
+        devices = [
+            {"name": "cpu", "memory_bytes": None}
+            if place.gpu is None
+            else {"name": place.gpu.name, "memory_bytes": place.gpu.memory_bytes}
+            for place in places
+        ]
+        return slots, WorkerSlots(len(places), len(validating), devices, problem)
+
+    def _beat(self) -> None:
+        """Sign in, again and again; and look whether workers of this host have died meanwhile."""
+        while True:
+            try:
+                self._bury_the_dead()
+                with transaction(self.context.sessions) as session:
+                    sign_in(
+                        session,
+                        worker_id=self.context.worker_id,
+                        host=self.context.host,
+                        pid=os.getpid(),
+                        slots=replace(self._shown),
+                    )
+            except SQLAlchemyError as error:
+                log.warning("heartbeat_failed", reason=str(error)[:200])
+            except Exception:
+                log.exception("heartbeat_failed")
+            if self._stopping.wait(_HEARTBEAT_S):
+                return
+
+    def _bury_the_dead(self) -> None:
+        """Take back at once what workers held whose lock is free: they and their children are gone."""
+        for lock in self._incarnations.dead():
+            dead_id = self._incarnations.worker_id(lock)
+            try:
+                with transaction(self.context.sessions) as session:
+                    kinds = release_leases_of(
+                        session, dead_id, max_attempts=self._settings.max_attempts
+                    )
+            except BaseException:
+                lock.release()  # still there, unlocked: the next beat tries again
+                raise
+            self._incarnations.bury(lock)
+            log.info("former_worker_released", worker_id=dead_id, kinds=sorted(kinds))
+            for kind in kinds:
+                self.ring(kind)
+                self.context.doorbell.kick(kind)
+
+
+def _all_end(slots: list[Slot]) -> bool:
+    """Join every slot, the late ones too."""
+    left = [slot for slot in slots if not slot.join(_LAST_WORDS_S)]
+    return not left
+
+
+def train_places(gpus: list[Gpu], wanted: int | None, *, usable: bool) -> list[Place]:
+    """Return the training slots: one per GPU, or one on the CPU where there is none.
+
+    Args:
+        gpus: what the machine has.
+        wanted: the setting; on GPUs never more than there are, on the CPU as many as asked.
+        usable: whether a kernel runs on the GPUs; if not, there is no training here at all.
+    """
+    if not gpus:
+        return [Place("train", n) for n in range(1 if wanted is None else wanted)]
+    if not usable:
+        return []
+    count = len(gpus) if wanted is None else min(wanted, len(gpus))
+    return [Place("train", n, gpus[n]) for n in range(count)]

@@ -1,0 +1,186 @@
+"""What an attempt starts from: the job's files, the model, and the newest resume point of an earlier attempt."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from service.errors import Unavailable
+from service.logging import get_logger
+from service.models.catalog import BaseModel
+from service.queue import story
+from service.queue.claim import Claim
+from service.storage import BlobMissing
+from worker.checkpoints import publish
+from worker.context import WorkerContext, outlast
+from worker.folder import AttemptFolder, write_json
+from worker.relay import CHECKPOINT, RESUME_POINT, Line, Tail, tell_lines
+
+log = get_logger(__name__)
+
+_STORAGE_TRIES = 5
+
+
+class InputsMissing(Exception):
+    """The job cannot start, and will not be able to later. `code` and `param` go into the job's error."""
+
+    def __init__(self, message: str, *, code: str, param: str | None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.code = code
+        self.param = param
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where an earlier attempt can be taken up: the step, its folder, and what was told up to there."""
+
+    attempt_no: int
+    step: int
+    folder: Path
+    lines: list[Line]
+
+
+def prepare(
+    context: WorkerContext,
+    claim: Claim,
+    folder: AttemptFolder,
+    *,
+    device: str,
+    give_up: threading.Event,
+) -> None:
+    """Fill the attempt's folder: its inputs and spec.json.
+
+    Raises:
+        InputsMissing: a file's bytes are gone, or the model is not in the catalog any more.
+        Unavailable, OSError: the storage does not answer, or the disk is full.
+        Fenced, GivenUp
+    """
+    job = claim.job
+    folder.create()
+    model = context.catalog.get(job.model)
+    if model is None:
+        raise InputsMissing(
+            f"Model {job.model} is not in the catalog any more.",
+            code="model_not_found",
+            param="model",
+        )
+    training = _fetch(context, claim, folder, "training_file", job.training_file, give_up)
+    validation = (
+        None
+        if job.validation_file is None
+        else _fetch(context, claim, folder, "validation_file", job.validation_file, give_up)
+    )
+    resume = take_over(context, claim, give_up) if claim.kind == "train" else None
+    requested: dict[str, Any] = job.spec.get("hyperparameters", {})
+    spec: dict[str, Any] = {
+        "kind": claim.kind,
+        "job_id": job.id,
+        "attempt_no": claim.fence.attempt_no,
+        "base_model": job.model,
+        "model": _as_json(model),
+        "model_cache": str(context.settings.data_dir / "models"),
+        "training_file": str(training),
+        "validation_file": None if validation is None else str(validation),
+        "hyperparameters": job.hyperparameters if claim.kind == "train" else requested,
+        "seed": job.seed,
+        "sample_prompts": job.spec.get("sample_prompts", []),
+        "resume_from": None if resume is None else str(resume.folder),
+        "device": device,
+        "memory_bytes": context.settings.validate_memory_bytes,
+        "time_s": context.settings.validate_time_s,
+    }
+    write_json(folder.spec, spec)
+
+
+def _fetch(
+    context: WorkerContext,
+    claim: Claim,
+    folder: AttemptFolder,
+    param: str,
+    file_id: str,
+    give_up: threading.Event,
+) -> Path:
+    """Copy a file's bytes into the attempt's folder; a storage that does not answer is asked again."""
+    gone = InputsMissing(
+        f"The {param.replace('_', ' ')} {file_id} is not there any more.",
+        code="file_not_found",
+        param=param,
+    )
+    key = claim.blobs.get(file_id)
+    if not key:
+        raise gone
+    target = folder.inputs / f"{param}.jsonl"
+    for attempt in range(1, _STORAGE_TRIES + 1):
+        try:
+            context.storage.fetch(key, target)
+        except BlobMissing:
+            raise gone from None
+        except Unavailable:
+            if attempt == _STORAGE_TRIES or give_up.wait(2.0**attempt / 4):
+                raise
+        else:
+            break
+    return target
+
+
+def _as_json(model: BaseModel) -> dict[str, Any]:
+    return {
+        "id": model.id,
+        "path": None if model.path is None else str(model.path),
+        "hub": model.hub,
+        "revision": model.revision,
+        "created": model.created,
+    }
+
+
+def take_over(context: WorkerContext, claim: Claim, give_up: threading.Event) -> ResumePoint | None:
+    """Find the newest resume point of an earlier attempt on this disk, and tell that attempt's story up to it.
+
+    Raises:
+        Fenced, GivenUp
+    """
+    point = find_resume_point(context, claim, wait=give_up.wait)
+    if point is None:
+        return None
+    tell_lines(context, claim.fence, point.lines, wait=give_up.wait, attempt_no=point.attempt_no)
+    for line in point.lines:
+        if line.kind == CHECKPOINT:
+            publish(context, claim.fence, claim.job, point.attempt_no, line, give_up=give_up)
+
+    def say() -> None:
+        with context.transaction() as session:
+            story.resumed(session, claim.fence, point.step)
+
+    outlast(say, wait=give_up.wait)
+    return point
+
+
+def find_resume_point(
+    context: WorkerContext, claim: Claim, *, wait: Callable[[float], bool]
+) -> ResumePoint | None:
+    """Return the newest resume point that an earlier attempt told of and that is still there, or None."""
+
+    def earlier() -> list[int]:
+        with context.transaction() as session:
+            return story.earlier_attempts(session, claim.fence)
+
+    for attempt_no in outlast(earlier, wait=wait):
+        lines = _all_lines(context.folder(claim.job.id, attempt_no).events)
+        for end in range(len(lines), 0, -1):
+            line = lines[end - 1]
+            if line.kind != RESUME_POINT:
+                continue
+            step, folder = line.data.get("step"), line.data.get("folder")
+            if isinstance(step, int) and isinstance(folder, str) and Path(folder).is_dir():
+                return ResumePoint(attempt_no, step, Path(folder), lines[:end])
+    return None
+
+
+def _all_lines(path: Path) -> list[Line]:
+    tail = Tail(path)
+    lines: list[Line] = []
+    while more := tail.read():
+        lines += more
+    return lines

@@ -1,0 +1,230 @@
+"""One attempt, from its claim to its end, as one slot's thread sees it.
+
+This thread never waits for the database while the child runs: leases, the story and checkpoints have threads of their
+own, so the child is stopped in time whatever hangs.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from service.adapters.actions import AdapterIncomplete
+from service.errors import ServiceError, StorageFull
+from service.logging import get_logger
+from service.queue import story
+from service.queue.claim import Claim
+from service.queue.fence import Fenced
+from worker.checkpoints import Publisher
+from worker.context import GivenUp, WorkerContext, outlast
+from worker.folder import AttemptFolder
+from worker.inputs import InputsMissing, prepare
+from worker.lease import LeaseKeeper
+from worker.outcome import Cause, Verdict, apply, judge
+from worker.reasons import disk_full, is_disk_full
+from worker.relay import Relay
+from worker.spawn import Child
+
+log = get_logger(__name__)
+
+_TICK_S = 0.05
+_CANCEL_GRACE_S = 0.5
+"""A cancelled child has nothing to save; it gets this long to leave by itself."""
+
+
+class Supervisor:
+    """Runs one attempt. Make one per claim."""
+
+    def __init__(
+        self,
+        context: WorkerContext,
+        claim: Claim,
+        *,
+        device: str,
+        take_child: Callable[[], Child],
+        stopping: threading.Event,
+        give_up: threading.Event,
+        held_since: float,
+    ) -> None:
+        """Set it up; nothing happens yet.
+
+        Args:
+            context: the worker's.
+            claim: the work.
+            device: "cpu" or "cuda".
+            take_child: gives a child without work, as ready as can be.
+            stopping: set when the worker is to end: the child saves a resume point.
+            give_up: set when even the last words cannot wait any longer.
+            held_since: boottime before the claim.
+        """
+        self._context = context
+        self._claim = claim
+        self._device = device
+        self._take_child = take_child
+        self._stopping = stopping
+        self._give_up = give_up
+        self._folder: AttemptFolder = context.folder(claim.job.id, claim.fence.attempt_no)
+        self._keeper = LeaseKeeper(
+            context.lease_sessions,
+            claim.fence,
+            self._folder,
+            lease_s=context.settings.lease_s,
+            renew_s=context.settings.renew_s,
+            held_since=held_since,
+        )
+
+    def run(self) -> None:
+        """Run the attempt to its end and write what came of it. Nothing is written once the job is another's."""
+        try:
+            self._folder.create()
+            self._keeper.start()
+            verdict = self._prepare() or self._train_or_validate()
+            if verdict is not None:
+                self._conclude(verdict)
+        except Fenced:
+            log.info("attempt_fenced", **self._names())
+        except GivenUp:
+            # The lease's end, or this host's next worker, takes the job back; its files are still here.
+            log.warning("attempt_left_behind", **self._names())
+        finally:
+            self._keeper.stop()
+
+    def _prepare(self) -> Verdict | None:
+        """Fetch what the child needs; a verdict if that already decides the attempt."""
+        try:
+            prepare(
+                self._context,
+                self._claim,
+                self._folder,
+                device=self._device,
+                give_up=self._give_up,
+            )
+        except InputsMissing as error:
+            reason = {"code": error.code, "message": error.message, "param": error.param}
+            return Verdict("failed", error=reason)
+        except (ServiceError, OSError) as error:
+            return _no_room_or_no_answer(error)
+        return None
+
+    def _train_or_validate(self) -> Verdict | None:
+        """Run the child and return the verdict; None: the job is another attempt's."""
+        publisher = Publisher(
+            self._context, self._claim.fence, self._claim.job, give_up=self._give_up
+        )
+        relay = Relay(
+            self._context,
+            self._claim.fence,
+            self._folder.events,
+            on_checkpoint=publisher.add,
+            give_up=self._give_up,
+        )
+        child = self._take_child()
+        try:
+            child.begin(self._folder.path)
+            relay.start()
+            publisher.start()
+            threading.Thread(target=self._note_start, args=(child,), daemon=True).start()
+            cause = self._watch(child)
+        finally:
+            exit_status = child.end()
+        relay.finish()
+        publisher.finish()
+        if self._keeper.is_fenced:
+            log.info("attempt_fenced", **self._names())
+            return None
+        return judge(
+            self._claim.kind,
+            self._folder,
+            exit_status,
+            cause,
+            time_s=self._context.settings.validate_time_s,
+        )
+
+    def _note_start(self, child: Child) -> None:
+        def note() -> None:
+            with self._context.transaction() as session:
+                detail = {"device": self._device}
+                story.started(session, self._claim.fence, pid=child.pid, detail=detail)
+
+        try:
+            outlast(note, wait=self._give_up.wait)
+        except (Fenced, GivenUp):
+            return
+
+    def _watch(self, child: Child) -> Cause | None:
+        """Wait until the child has ended, stopping it where that is due; return why it was stopped."""
+        cause: Cause | None = None
+        kill_at: float | None = None
+        is_frozen = False
+        while not child.has_exited():
+            if self._keeper.is_fenced:
+                child.signal(signal.SIGKILL)
+            elif is_frozen != (not self._keeper.is_safe):
+                # Nobody can be asked whether the job is still ours: hold it, go on when the answer comes.
+                is_frozen = not is_frozen
+                child.signal(signal.SIGSTOP if is_frozen else signal.SIGCONT)
+                log.warning("child_frozen" if is_frozen else "child_goes_on", **self._names())
+            if cause is None:
+                cause = self._reason_to_stop()
+                if cause is not None:
+                    child.signal(signal.SIGTERM)
+                    grace_s = (
+                        _CANCEL_GRACE_S
+                        if cause == "cancel"
+                        else self._context.settings.stop_grace_s
+                    )
+                    kill_at = time.monotonic() + grace_s
+            if kill_at is not None and time.monotonic() >= kill_at:
+                child.signal(signal.SIGKILL)
+            time.sleep(_TICK_S)
+        return cause
+
+    def _reason_to_stop(self) -> Cause | None:
+        if self._keeper.desired == "cancel":
+            return "cancel"
+        return "shutdown" if self._stopping.is_set() else None
+
+    def _conclude(self, verdict: Verdict) -> None:
+        """Write the verdict, however long the database is away."""
+        try:
+            waiting = outlast(
+                lambda: apply(self._context, self._claim, self._folder, verdict),
+                wait=self._give_up.wait,
+            )
+        except (ServiceError, AdapterIncomplete, OSError) as error:
+            # The adapter cannot be stored. It is still in the attempt's folder, so another attempt may manage.
+            verdict = _no_room_or_no_answer(error)
+            waiting = outlast(
+                lambda: apply(self._context, self._claim, self._folder, verdict),
+                wait=self._give_up.wait,
+            )
+        log.info("attempt_ended", outcome=verdict.kind, reason=verdict.reason, **self._names())
+        if verdict.kind != "requeue":
+            self._drop_folders()
+        if waiting is not None:
+            self._context.doorbell.kick(waiting)
+
+    def _drop_folders(self) -> None:
+        """The job has ended, or its files are checked: what was only needed to get there goes."""
+        attempt_nos = [self._claim.fence.attempt_no]
+        if self._claim.kind == "train":
+            attempt_nos = list(range(1, self._claim.fence.attempt_no + 1))
+        for attempt_no in attempt_nos:
+            self._context.folder(self._claim.job.id, attempt_no).drop_heavy_parts()
+
+    def _names(self) -> dict[str, object]:
+        return {
+            "job_id": self._claim.job.id,
+            "attempt_no": self._claim.fence.attempt_no,
+            "kind": self._claim.kind,
+        }
+
+
+def _no_room_or_no_answer(error: Exception) -> Verdict:
+    """The disk is full: say so and end. Anything else passes: try again, but not forever."""
+    if isinstance(error, StorageFull) or is_disk_full(error):
+        return Verdict("failed", error=disk_full())
+    if isinstance(error, AdapterIncomplete):
+        reason = {"code": "adapter_incomplete", "message": str(error), "param": None}
+        return Verdict("failed", error=reason)
+    return Verdict("requeue", lost=True, reason=f"the file storage failed: {error}")
