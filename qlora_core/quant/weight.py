@@ -77,7 +77,14 @@ class NF4Weight:
         dtype = dtype or (self.dtype if out is None else out.dtype)
         n = self.shape.numel()
         flat = code_ops.dequantize_nf4(
-            self.packed, self.scales(), n=n, block_size=self.block_size, dtype=dtype, out=out
+            self.packed,
+            self.absmax,
+            self.nested_absmax,
+            self.offset,
+            n=n,
+            block_size=self.block_size,
+            dtype=dtype,
+            out=out,
         )
         return flat.view(self.shape)
 

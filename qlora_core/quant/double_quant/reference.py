@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_core.quant.codebook import NESTED_BLOCK_SIZE, dynamic_levels, dynamic_thresholds
+from qlora_core.quant.nf4.reference import reciprocal
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -29,8 +30,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n = centred.numel()
     blocks = functional.pad(centred, (0, -n % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     nested_absmax = blocks.abs().amax(dim=1)
-    inverse = 1.0 / torch.where(nested_absmax == 0, 1.0, nested_absmax)
-    scaled = (blocks * inverse[:, None]).view(-1)[:n]
+    scaled = (blocks * reciprocal(nested_absmax)[:, None]).view(-1)[:n]
     codes = torch.searchsorted(dynamic_thresholds(absmax.device), scaled, right=False)
     return codes.to(torch.uint8), nested_absmax, offset
 

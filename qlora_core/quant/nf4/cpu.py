@@ -119,8 +119,7 @@ def quantize_nf4(values: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
 
 def _encode(blocks: Tensor, absmax: Tensor) -> Tensor:
     """Give the packed codes of whole blocks: float32 [blocks, block_size] -> uint8 [bytes]."""
-    lift, inverse = reference.block_factors(absmax)
-    scaled = (blocks * lift[:, None]).mul_(inverse[:, None]).view(-1)
+    scaled = (blocks * reference.reciprocal(absmax)[:, None]).view(-1)
     bins = _bin_of(scaled)
     code_of_bin, threshold_of_bin = _bin_tables()
     codes = code_of_bin.index_select(0, bins)

@@ -1,7 +1,7 @@
 """NF4 on any device: checks the tensors and picks the device's path.
 
-CPU tensors take `cpu` (tables), CUDA tensors take `kernels` (Triton); both equal `reference` bit
-for bit.
+CPU tensors take `cpu` (tables), others take `kernels` (Triton), whose module is only imported then;
+both equal `reference` bit for bit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,14 @@ from qlora_core.quant.checks import (
     check_layout,
     check_scales_finite,
 )
-from qlora_core.quant.nf4 import cpu, reference
+from qlora_core.quant.codebook import dynamic_levels, nf4_levels
+from qlora_core.quant.devices import launching_on
+from qlora_core.quant.double_quant.ops import check_nested, dequantize_absmax
+from qlora_core.quant.nf4 import cpu
+
+# Elements per Triton program of 128 threads; quantizing holds more registers per element.
+DEQUANTIZE_TILE = 4096
+QUANTIZE_TILE = 2048
 
 
 def quantize_nf4(
@@ -50,7 +57,7 @@ def quantize_nf4(
     if flat.device.type == "cpu":
         packed, absmax = cpu.quantize_nf4(flat, block_size=block_size)
     else:
-        packed, absmax = reference.quantize_nf4(flat, block_size=block_size)
+        packed, absmax = launch_quantize(flat, block_size=block_size)
     check_scales_finite(absmax, name)
     return packed, absmax
 
@@ -58,42 +65,108 @@ def quantize_nf4(
 def dequantize_nf4(
     packed: Tensor,
     absmax: Tensor,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
     *,
     n: int,
     block_size: int = 64,
     dtype: torch.dtype = torch.float32,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Turn NF4 codes back into floats: ``out[i] = level[code[i]] * absmax[i // block_size]``.
+    """Turn NF4 codes back into floats: ``out[i] = level[code[i]] * scale[i // block_size]``.
 
     Args:
         packed: uint8 [ceil(n / 2)].
-        absmax: float32 [ceil(n / block_size)], one scale per block.
+        absmax: one per block, [ceil(n / block_size)]: float32 scales, or their uint8 codes when
+            doubly quantized.
+        nested_absmax: float32 [ceil(blocks / 256)] when doubly quantized, else None.
+        offset: float32 [] when doubly quantized, else None.
         n: number of elements.
         block_size: elements per scale.
         dtype: of the result: float16, bfloat16 or float32.
-        out: where to write, dtype [n], contiguous, beside ``packed``; newly allocated when None.
+        out: where to write, dtype, n elements, contiguous, beside ``packed``; newly allocated when
+            None.
 
     Returns:
-        ``out``: dtype [n].
+        dtype [n]: ``out``, flattened.
 
     Raises:
         ConfigError, DtypeError, LayoutError, ShapeError: an argument is not as described.
 
-    Source: QLoRA, arXiv:2305.14314, section 3. Held bit for bit to `reference.dequantize_nf4`.
+    Source: QLoRA, arXiv:2305.14314, section 3. Held bit for bit to the two `reference` modules,
+    one after the other.
     """
-    check_dtype(torch.float32, absmax=absmax)
-    check_packed(packed, absmax, n=n, block_size=block_size)
-    out = prepare_out(out, n=n, dtype=dtype, beside=packed)
-    if packed.device.type == "cpu":
-        cpu.dequantize_nf4_into(packed, absmax, out, block_size=block_size)
-        return out
-    return out.copy_(
-        reference.dequantize_nf4(packed, absmax, n=n, block_size=block_size, dtype=dtype)
-    )
+    _check_codes(packed, absmax, n=n, block_size=block_size)
+    if nested_absmax is not None and offset is not None:
+        check_nested(absmax, nested_absmax, offset)
+    else:
+        check_dtype(torch.float32, absmax=absmax)
+    flat_out = _prepare_out(out, n=n, dtype=dtype, beside=packed)
+    if packed.device.type != "cpu":
+        launch_dequantize(packed, absmax, nested_absmax, offset, flat_out, block_size=block_size)
+        return flat_out
+    if nested_absmax is not None and offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, offset)
+    cpu.dequantize_nf4_into(packed, absmax, flat_out, block_size=block_size)
+    return flat_out
 
 
-def check_packed(packed: Tensor, absmax: Tensor, *, n: int, block_size: int) -> None:
+def launch_quantize(flat: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel behind `quantize_nf4` on checked, flat values."""
+    from qlora_core.quant.nf4.kernels import quantize_nf4_kernel
+
+    n = flat.numel()
+    n_blocks = -(-n // block_size)
+    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(n_blocks, dtype=torch.float32, device=flat.device)
+    blocks = max(QUANTIZE_TILE // block_size, 1)
+    with launching_on(flat.device):
+        quantize_nf4_kernel[(-(-n_blocks // blocks),)](
+            flat,
+            packed,
+            absmax,
+            n,
+            n_blocks,
+            BLOCK_SIZE=block_size,
+            BLOCKS=blocks,
+            enable_fp_fusion=False,
+        )
+    return packed, absmax
+
+
+def launch_dequantize(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """Run the Triton kernel behind `dequantize_nf4`: one pass, also when doubly quantized."""
+    from qlora_core.quant.nf4.kernels import dequantize_nf4_kernel
+
+    n_blocks = absmax.numel()
+    blocks = DEQUANTIZE_TILE // block_size
+    with launching_on(packed.device):
+        dequantize_nf4_kernel[(-(-n_blocks // blocks),)](
+            packed,
+            absmax,
+            absmax if nested_absmax is None else nested_absmax,
+            absmax if offset is None else offset,
+            nf4_levels(packed.device),
+            dynamic_levels(packed.device),
+            out,
+            out.numel(),
+            n_blocks,
+            BLOCK_SIZE=block_size,
+            BLOCKS=blocks,
+            NESTED=nested_absmax is not None,
+            enable_fp_fusion=False,
+        )
+
+
+def _check_codes(packed: Tensor, absmax: Tensor, *, n: int, block_size: int) -> None:
     """Refuse codes and scales that do not belong to n elements in blocks of ``block_size``."""
     check_dtype(torch.uint8, packed=packed)
     check_block_size(block_size)
@@ -104,8 +177,8 @@ def check_packed(packed: Tensor, absmax: Tensor, *, n: int, block_size: int) -> 
         raise ShapeError(f"{n} codes in blocks of {block_size}, but {absmax.numel()} scales")
 
 
-def prepare_out(out: Tensor | None, *, n: int, dtype: torch.dtype, beside: Tensor) -> Tensor:
-    """Give a checked ``out`` of n elements, or a new one on the device of ``beside``."""
+def _prepare_out(out: Tensor | None, *, n: int, dtype: torch.dtype, beside: Tensor) -> Tensor:
+    """Give a checked, flat ``out`` of n elements, or a new one on the device of ``beside``."""
     check_float(dtype, "dtype")
     if out is None:
         return torch.empty(n, dtype=dtype, device=beside.device)

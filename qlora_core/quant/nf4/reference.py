@@ -12,10 +12,7 @@ from torch.nn import functional
 
 from qlora_core.quant.codebook import nf4_levels, nf4_thresholds
 
-# Below this scale 1 / absmax could overflow, so such blocks are lifted by a power of two, which is
-# exact and therefore changes no code of any other block.
-_TINY = 2.0**-100
-_LIFT = 2.0**64
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def quantize_nf4(values: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
@@ -34,21 +31,15 @@ def quantize_nf4(values: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = functional.pad(flat, (0, -n % block_size)).view(-1, block_size)
     absmax = blocks.abs().amax(dim=1)
 
-    lift, inverse = block_factors(absmax)
-    scaled = blocks * lift[:, None] * inverse[:, None]
+    scaled = blocks * reciprocal(absmax)[:, None]
     below = scaled[..., None] > nf4_thresholds(values.device)
     codes = below.sum(dim=-1).to(torch.uint8).view(-1)[: n + n % 2]
     return (codes[0::2] << 4) | codes[1::2], absmax
 
 
-def block_factors(absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the two factors, float32 [blocks], that bring each block into [-1, 1] one after the other.
-
-    The first is 1 but for blocks so small that the second, the reciprocal, would overflow. A block
-    of zeros stays zero.
-    """
-    lift = torch.where(absmax < _TINY, _LIFT, 1.0)
-    return lift, 1.0 / torch.where(absmax == 0, 1.0, absmax * lift)
+def reciprocal(absmax: Tensor) -> Tensor:
+    """Give ``1 / absmax``, at most the largest float32, so that a block of zeros stays zero."""
+    return (1.0 / absmax).clamp(max=_LARGEST)
 
 
 def unpack_codes(packed: Tensor, n: int) -> Tensor:
