@@ -8,7 +8,9 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 from typing import Any, NoReturn, ParamSpec, TypeVar
@@ -73,9 +75,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        signal.signal(signal.SIGTERM, _terminate)
         try:
-            return command(*args, **kwargs)
+            with _sigterm_like_ctrl_c():
+                return command(*args, **kwargs)
         except Ending as ending:
             exit_with(ending)
         except BrokenPipeError:
@@ -97,6 +99,18 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
 def exit_code_of(interrupt: KeyboardInterrupt) -> int:
     """130 for Ctrl-C, 143 for SIGTERM, as shells expect."""
     return 143 if isinstance(interrupt, Terminated) else int(ExitCode.INTERRUPTED)
+
+
+@contextmanager
+def _sigterm_like_ctrl_c() -> Generator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals belong to the main thread
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:

@@ -5,6 +5,7 @@ refused, or a proxy holds it back, the events are polled instead. Events are tol
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 TERMINAL = ("succeeded", "failed", "cancelled")
 POLL_S = 2.0
 _EMPTY_STREAMS = 3
-"""So many streams in a row that bring nothing: something between us holds them back, so we poll."""
+"""So many streams in a row that bring nothing: something between us holds them back, so we poll …"""
+_POLL_FOR_S = 60.0
+"""… for so long before another stream is tried."""
 
 
 class Follower:
@@ -54,7 +57,7 @@ class Follower:
         self._patience_s = patience_s
         self._last_id: str | None = None  # of the stream: a seq
         self._told: set[str] = set()  # ids of events
-        self._polling = False
+        self._poll_until = -math.inf
         self._empty_streams = 0
         self._failures = 0
         self._reached_at = time.monotonic()
@@ -67,10 +70,10 @@ class Follower:
         """
         while True:
             try:
-                if not self._polling:
+                if not self._polls():
                     self._listen()
                 job = self._job()
-                if self._polling or job.status in TERMINAL:
+                if self._polls() or job.status in TERMINAL:
                     self._catch_up()
             except Exception as error:  # noqa: BLE001  (_wait_out raises what cannot pass)
                 self._wait_out(error)
@@ -78,7 +81,10 @@ class Follower:
             self._reached()
             if job.status in TERMINAL:
                 return job
-            time.sleep(POLL_S if self._polling or self._empty_streams else 0.2)
+            time.sleep(POLL_S if self._polls() or self._empty_streams else 0.2)
+
+    def _polls(self) -> bool:
+        return time.monotonic() < self._poll_until
 
     def _job(self) -> "FineTuningJob":
         return expect_job(self._client.fine_tuning.jobs.retrieve(self._job_id))
@@ -90,6 +96,9 @@ class Follower:
         headers = {"Accept": "text/event-stream"}
         if self._last_id is not None:
             headers["Last-Event-ID"] = self._last_id
+        self._empty_streams += 1
+        if self._empty_streams >= _EMPTY_STREAMS:
+            self._poll_until = time.monotonic() + _POLL_FOR_S
         try:
             stream = open_body(
                 self._client, f"/fine_tuning/jobs/{quote(self._job_id, safe='')}/stream", headers
@@ -97,18 +106,16 @@ class Follower:
         except APIStatusError as error:
             if is_passing(error) and error.status_code != 501:
                 raise
-            self._polling = True  # whether the job itself is refused too, asking for it will show
+            self._poll_until = math.inf  # whether the job is refused too, asking for it will show
             return
         with stream:
             if not stream.response.headers.get("content-type", "").startswith("text/event-stream"):
-                self._polling = True
+                self._poll_until = math.inf
                 return
-            self._empty_streams += 1
-            self._polling = self._empty_streams >= _EMPTY_STREAMS
             for event in parse(read_body(stream)):
                 self._reached()
                 self._empty_streams = 0
-                self._polling = False
+                self._poll_until = -math.inf
                 if event is not None:
                     self._last_id = event.id or self._last_id
                     self._tell(_json(event.data))

@@ -1,0 +1,75 @@
+"""Ctrl-C in a real process leaves the job alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import pytest
+from openai.types.fine_tuning import FineTuningJob
+
+from tests.nibble.conftest import MODEL, Live, write_chat
+
+
+def start(live: Live, stderr: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    with stderr.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "nibble", *arguments],
+            env=os.environ | live.environment,
+            stdout=subprocess.PIPE,
+            stderr=file,
+        )
+
+
+def wait_until_said(process: subprocess.Popen[bytes], stderr: Path, what: str) -> None:
+    deadline = time.monotonic() + 30
+    while what not in stderr.read_text():
+        assert process.poll() is None, stderr.read_text()
+        assert time.monotonic() < deadline, stderr.read_text()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"]
+)
+def test_an_interrupted_watch_leaves_the_job_and_says_how_to_watch_it_again(
+    live: Live,
+    client: openai.OpenAI,
+    long_job: FineTuningJob,
+    tmp_path: Path,
+    sent: signal.Signals,
+    code: int,
+) -> None:
+    stderr = tmp_path / "stderr"
+    process = start(live, stderr, "jobs", "watch", long_job.id)
+    wait_until_said(process, stderr, "Created fine-tuning job")
+
+    process.send_signal(sent)
+    stdout, _ = process.communicate(timeout=20)
+
+    assert process.returncode == code
+    assert stdout == b""
+    assert f"nibble jobs watch {long_job.id}" in stderr.read_text()
+    assert "Traceback" not in stderr.read_text()
+    job = client.fine_tuning.jobs.retrieve(long_job.id)
+    assert job.status in ("validating_files", "queued", "running")
+
+
+def test_an_interrupted_create_leaves_the_job_it_made(
+    live: Live, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    file, stderr = write_chat(tmp_path / "long.jsonl", examples=400), tmp_path / "stderr"
+    options = ("--model", MODEL, "--epochs", "50", "--batch-size", "1", "--wait")
+    process = start(live, stderr, "jobs", "create", str(file), *options)
+    wait_until_said(process, stderr, "Created ftjob-")
+
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+
+    assert process.returncode == 130
+    job_id = stderr.read_text().partition("nibble jobs watch ")[2].split()[0]
+    job = client.fine_tuning.jobs.cancel(job_id)
+    assert job.status in ("validating_files", "queued", "running", "cancelled")
