@@ -4,7 +4,6 @@
 ends every process here.
 """
 
-import http.client
 import os
 import socket
 import time
@@ -20,6 +19,7 @@ from pydantic import SecretStr
 from operations import migrate
 from operations.children import Kept, Program, Running, start_program
 from operations.embedded import postgres, processes, valkey
+from operations.health import problem_of_api, reachable
 from service import db
 from service.keys.actions import ensure_first_key
 from service.settings import Settings
@@ -83,7 +83,7 @@ class Service:
     @property
     def url(self) -> str:
         """Where the API answers, without a path."""
-        return f"http://{_bracketed(_reachable(self.settings.host))}:{self.settings.port}"
+        return f"http://{_bracketed(reachable(self.settings.host))}:{self.settings.port}"
 
     def look_after(self) -> None:
         """Start again what has ended by itself, and say so."""
@@ -155,11 +155,12 @@ class Service:
         """Return whether the API became ready; False when its process ended."""
         deadline = time.monotonic() + _READY_S
         while api.process.poll() is None:
-            if _is_ready(_reachable(self.settings.host), self.settings.port):
+            problem = problem_of_api(self.settings)
+            if problem is None:
                 return True
             if time.monotonic() > deadline:
                 raise LaunchError(
-                    f"the API was not ready within {_READY_S:.0f} s. "
+                    f"the API was not ready within {_READY_S:.0f} s: {problem}. "
                     f"The end of {api.log}:\n{processes.tail(api.log)}"
                 )
             time.sleep(0.05)
@@ -209,24 +210,8 @@ def _check_port(settings: Settings) -> None:
         ) from error
 
 
-def _is_ready(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request("GET", "/readyz")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
 def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _reachable(host: str) -> str:
-    """Where a client on this machine reaches what listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
 
 
 def _bracketed(host: str) -> str:

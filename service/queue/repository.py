@@ -237,3 +237,11 @@ def save_worker(session: Session, worker: dict[str, Any]) -> None:
 def stop_worker(session: Session, worker_id: str) -> None:
     """Note that a worker has ended."""
     session.execute(update(Worker).where(Worker.id == worker_id).values(stopped_at=func.now()))
+
+
+def worker_was_seen(session: Session, host: str, within_s: float) -> bool:
+    """Say whether a worker of this host, not stopped, has been heard of in the last `within_s` seconds."""
+    statement = select(Worker.id).where(
+        Worker.host == host, Worker.stopped_at.is_(None), Worker.seen_at > _from_now(-within_s)
+    )
+    return session.execute(statement.limit(1)).first() is not None

@@ -29,3 +29,8 @@ def sign_in(session: Session, *, worker_id: str, host: str, pid: int, slots: Wor
 def sign_out(session: Session, worker_id: str) -> None:
     """Say that the worker has ended in good order."""
     repository.stop_worker(session, worker_id)
+
+
+def is_alive(session: Session, host: str, *, within_s: float) -> bool:
+    """Say whether a worker of this host has signed in within the last `within_s` seconds."""
+    return repository.worker_was_seen(session, host, within_s)
