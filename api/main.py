@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI
 
-from api import errors, pages
+from api import errors, pages, schema
 from api.deps import DocumentsBearer, State
 from api.middleware import Authenticate, JsonBody, RequestContext
 from api.routes import adapters, checkpoints, events, files, health, jobs, models
@@ -58,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(_v1())
     app.include_router(health.router)
     pages.mount(app)
+    schema.install(app)
     errors.install(app)
     # The last one added is the outermost.
     app.add_middleware(JsonBody)

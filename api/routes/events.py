@@ -84,6 +84,7 @@ def list_events(
 
 @router.get(
     "/stream",
+    status_code=200,
     response_class=EventStream,
     responses={200: {"content": {"text/event-stream": {}}}, **errors(NotFound, Unavailable)},
 )
@@ -117,14 +118,17 @@ def _read(state: State, project_id: str, job_id: str, after: int) -> Batch:
         # The job first: if it has ended, then its last event is among those read after it.
         job = jobs.get(session, project_id, job_id)
         found = events.following(session, project_id, job_id, after=after, limit=_BATCH)
-        messages = [
-            Message(event.type, EventOut.of(event).model_dump_json(), event.seq) for event in found
-        ]
+        messages = [Message(e.type, _json(EventOut.of(e)), e.seq) for e in found]
         if job.status not in TERMINAL or len(found) == _BATCH:
             return Batch(messages, more=len(found) == _BATCH)
         step = jobs.progress(session, [job]).get(job_id)
-        done = JobOut.of(job, state.settings, step).model_dump_json()
-        return Batch([*messages, Message("done", done)], ended=True)
+        done = Message("done", _json(JobOut.of(job, state.settings, step)))
+        return Batch([*messages, done], ended=True)
+
+
+def _json(content: BaseModel) -> str:
+    """One line of ASCII: some clients also cut lines at U+2028 and its like."""
+    return content.model_dump_json(ensure_ascii=True)
 
 
 def _seq(last_event_id: str | None) -> int:
