@@ -53,6 +53,7 @@ class TextEncoder:
     """Renders, tokenizes and masks for one base model; safe to share between threads.
 
     Attributes:
+        folder: where it was read from, None where it was not.
         eos_id, bos_id: of the named tokens, None where the model names none.
         pad_id: of the pad token, else of EOS, else 0. Padding never carries loss or attention.
         stop_ids: ids that end an answer: EOS, those of ``generation_config.json`` and ``config.json``, and
@@ -61,7 +62,8 @@ class TextEncoder:
         context_length: ``max_position_embeddings``, None where ``config.json`` does not say.
     """
 
-    def __init__(self, files: TextFiles) -> None:
+    def __init__(self, files: TextFiles, *, folder: Path | None = None) -> None:
+        self.folder = folder
         self._named_tokens = files.named_tokens
         self._tokenizer = files.tokenizer
         self._prefix_ids = _prefix_ids(files.tokenizer)
@@ -91,7 +93,8 @@ class TextEncoder:
             ModelUnsupported: there is no ``tokenizer.json``, or a file is malformed.
             TemplateError: a chat template is not valid jinja.
         """
-        return cls(read_text_files(Path(model_folder)))
+        folder = Path(model_folder)
+        return cls(read_text_files(folder), folder=folder)
 
     @property
     def has_chat_template(self) -> bool:

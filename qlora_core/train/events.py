@@ -1,0 +1,134 @@
+"""What a run tells while it runs: frozen, JSON-able, in the order things happen.
+
+The trainer calls ``sink(event)``; whoever runs it decides where the events go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened; ``kind`` names the class in JSON."""
+
+    kind: ClassVar[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields and ``kind`` as JSON-able values."""
+        return {"kind": self.kind, **asdict(self)}
+
+
+Sink = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class RunStarted(Event):
+    """The model is ready and the first step is next; ``start_step`` steps are done already."""
+
+    kind = "run_started"
+    total_steps: int
+    start_step: int
+    n_examples: int
+    n_epochs: int
+    trainable_parameters: int
+    base_bytes: int
+    device: str
+    n_truncated: int
+    n_dropped: int
+
+
+@dataclass(frozen=True)
+class StepMetrics(Event):
+    """One optimizer step, counted from 1.
+
+    Attributes:
+        epoch: passes over the data done after this step, as a fraction.
+        train_loss: mean over the step's trained tokens, in nats.
+        grad_norm: before clipping.
+        tokens_per_s: real tokens of the step, trained or not, per second.
+        trained_tokens: of the whole run so far.
+        memory: bytes by kind.
+    """
+
+    kind = "step_metrics"
+    step: int
+    total_steps: int
+    epoch: float
+    train_loss: float
+    train_mean_token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_s: float
+    trained_tokens: int
+    step_time_s: float
+    memory: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ValidationMetrics(Event):
+    """The whole validation set after ``step`` steps; step 0 is the base model."""
+
+    kind = "validation_metrics"
+    step: int
+    full_valid_loss: float
+    full_valid_mean_token_accuracy: float
+
+
+@dataclass(frozen=True)
+class CheckpointSaved(Event):
+    """An adapter was kept at an epoch's end, with that step's figures."""
+
+    kind = "checkpoint_saved"
+    step: int
+    epoch: int
+    folder: str
+    train_loss: float | None
+    train_mean_token_accuracy: float | None
+    full_valid_loss: float | None
+    full_valid_mean_token_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class ResumePointSaved(Event):
+    """From here the run can go on exactly."""
+
+    kind = "resume_point_saved"
+    step: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class SamplesGenerated(Event):
+    """Answers to the sample prompts, by the base model or with the adapter.
+
+    ``samples``: each ``{"messages": [...], "answer": str}``.
+    """
+
+    kind = "samples_generated"
+    step: int
+    stage: Literal["base", "adapter"]
+    samples: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something a person should read."""
+
+    kind = "notice"
+    level: Literal["info", "warn", "error"]
+    message: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFinished(Event):
+    """All steps are done and the adapter is written."""
+
+    kind = "run_finished"
+    steps: int
+    trained_tokens: int
+    train_loss: float
+    full_valid_loss: float | None
