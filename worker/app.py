@@ -4,7 +4,7 @@ The tasks return at once. The work itself runs in the slots' own threads (worker
 restarted or emptied touches no attempt, and a warm shutdown never waits for hours.
 """
 
-from celery import Celery, Task
+from celery import Celery
 from celery.signals import worker_shutting_down
 
 from service.queue.broker import KINDS, Kind, make_app, task_name
@@ -23,11 +23,9 @@ def make_worker_app(settings: Settings, crew: Crew) -> Celery:
 
 
 def _add_kick(app: Celery, crew: Crew, kind: Kind) -> None:
-    def kick() -> None:
+    @app.task(name=task_name(kind), ignore_result=True)
+    def kick() -> None:  # pyright: ignore[reportUnusedFunction]  (registered under its name)
         crew.ring(kind)
-
-    task: Task[[], None] = app.task(kick, name=task_name(kind), ignore_result=True)
-    del task  # registered under its name
 
 
 def listen(app: Celery, crew: Crew) -> None:

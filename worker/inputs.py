@@ -34,10 +34,12 @@ class InputsMissing(Exception):
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where an earlier attempt can be taken up: the step, its folder, and what was told up to there."""
+    """Where an earlier attempt can be taken up: the folder of its points, and what was told up to the newest.
+
+    The engine takes the newest one that is whole, and says from which step it went on.
+    """
 
     attempt_no: int
-    step: int
     folder: Path
     lines: list[Line]
 
@@ -148,12 +150,6 @@ def take_over(context: WorkerContext, claim: Claim, give_up: threading.Event) ->
     for line in point.lines:
         if line.kind == CHECKPOINT:
             publish(context, claim.fence, claim.job, point.attempt_no, line, give_up=give_up)
-
-    def say() -> None:
-        with context.transaction() as session:
-            story.resumed(session, claim.fence, point.step)
-
-    outlast(say, wait=give_up.wait)
     return point
 
 
@@ -172,9 +168,9 @@ def find_resume_point(
             line = lines[end - 1]
             if line.kind != RESUME_POINT:
                 continue
-            step, folder = line.data.get("step"), line.data.get("folder")
-            if isinstance(step, int) and isinstance(folder, str) and Path(folder).is_dir():
-                return ResumePoint(attempt_no, step, Path(folder), lines[:end])
+            folder = line.data.get("folder")
+            if isinstance(folder, str) and Path(folder).is_dir():
+                return ResumePoint(attempt_no, Path(folder).parent, lines[:end])
     return None
 
 

@@ -24,6 +24,7 @@ log = get_logger(__name__)
 
 CHECKPOINT = "checkpoint_saved"
 RESUME_POINT = "resume_point_saved"
+RESUMED = "attempt_resumed"
 """Values of `data.kind` that the parent acts on; the rest it only passes on."""
 
 _LOOK_EVERY_S = 0.15
@@ -208,10 +209,17 @@ def tell_lines(
     if not events:
         return
 
+    resumed = [line.data.get("from_step") for line in lines if line.kind == RESUMED]
+
     def tell(some: Sequence[NewEvent]) -> None:
         with context.transaction() as session:
             story.tell(
-                session, fence, some, attempt_no=attempt_no, estimated_finish=estimated_finish
+                session,
+                fence,
+                some,
+                attempt_no=attempt_no,
+                estimated_finish=estimated_finish,
+                resumed_from_step=resumed[-1] if resumed else None,
             )
 
     try:

@@ -13,6 +13,7 @@ from service.adapters.actions import AdapterIncomplete
 from service.errors import ServiceError, StorageFull
 from service.logging import get_logger
 from service.queue import story
+from service.queue.broker import Kind
 from service.queue.claim import Claim
 from service.queue.fence import Fenced
 from worker.checkpoints import Publisher
@@ -187,22 +188,22 @@ class Supervisor:
     def _conclude(self, verdict: Verdict) -> None:
         """Write the verdict, however long the database is away."""
         try:
-            waiting = outlast(
-                lambda: apply(self._context, self._claim, self._folder, verdict),
-                wait=self._give_up.wait,
-            )
+            waiting = self._write(verdict)
         except (ServiceError, AdapterIncomplete, OSError) as error:
             # The adapter cannot be stored. It is still in the attempt's folder, so another attempt may manage.
             verdict = _no_room_or_no_answer(error)
-            waiting = outlast(
-                lambda: apply(self._context, self._claim, self._folder, verdict),
-                wait=self._give_up.wait,
-            )
+            waiting = self._write(verdict)
         log.info("attempt_ended", outcome=verdict.kind, reason=verdict.reason, **self._names())
         if verdict.kind != "requeue":
             self._drop_folders()
         if waiting is not None:
             self._context.doorbell.kick(waiting)
+
+    def _write(self, verdict: Verdict) -> Kind | None:
+        return outlast(
+            lambda: apply(self._context, self._claim, self._folder, verdict),
+            wait=self._give_up.wait,
+        )
 
     def _drop_folders(self) -> None:
         """The job has ended, or its files are checked: what was only needed to get there goes."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from service.events.actions import NewEvent, append, append_all
+from service.events.actions import NewEvent, append_all
 from service.queue import repository
 from service.queue.fence import Fence, hold
 
@@ -19,6 +19,7 @@ def tell(
     *,
     attempt_no: int | None = None,
     estimated_finish: datetime | None = None,
+    resumed_from_step: int | None = None,
 ) -> int:
     """Append the lines of an attempt's events.jsonl that are not in the story yet; return how many were new.
 
@@ -28,6 +29,7 @@ def tell(
         events: each with its `line_no`.
         attempt_no: whose lines they are; None: the fence's own, otherwise a predecessor's.
         estimated_finish: written with them, if known.
+        resumed_from_step: noted with the attempt, where the lines tell of it.
 
     Raises:
         Fenced: the job is another attempt's, or ended.
@@ -46,25 +48,10 @@ def tell(
         append_all(session, fence.project_id, fence.job_id, new)
     if estimated_finish is not None:
         repository.update_job(session, fence.job_id, {"estimated_finish": estimated_finish})
+    if resumed_from_step is not None:
+        values = {"resumed_from_step": resumed_from_step}
+        repository.update_attempt(session, fence.job_id, teller, values)
     return len(new)
-
-
-def resumed(session: Session, fence: Fence, from_step: int) -> None:
-    """Say that this attempt goes on from an earlier one's resume point.
-
-    Raises:
-        Fenced: the job is another attempt's, or ended.
-    """
-    hold(session, fence)
-    repository.update_attempt(
-        session, fence.job_id, fence.attempt_no, {"resumed_from_step": from_step}
-    )
-    event = NewEvent(
-        f"Resumed from step {from_step}",
-        data={"kind": "attempt_resumed", "from_step": from_step},
-        attempt_no=fence.attempt_no,
-    )
-    append(session, fence.project_id, fence.job_id, event)
 
 
 def started(session: Session, fence: Fence, *, pid: int, detail: dict[str, Any]) -> None:

@@ -31,7 +31,7 @@ def train_config(spec: dict[str, Any]) -> "TrainConfig":
     from qlora_core.train import TrainConfig
 
     resolved: dict[str, Any] = spec["hyperparameters"]
-    targets = resolved["lora_target_modules"]
+    targets = resolved["lora_target_modules"]  # "all-linear", or a list of names
     return TrainConfig(
         n_epochs=resolved["n_epochs"],
         batch_size=resolved["batch_size"],
@@ -47,6 +47,6 @@ def train_config(spec: dict[str, Any]) -> "TrainConfig":
             r=resolved["lora_r"],
             alpha=resolved["lora_alpha"],
             dropout=resolved["lora_dropout"],
-            target_modules=targets if isinstance(targets, str) else tuple(targets),
+            target_modules="all-linear" if targets == "all-linear" else tuple(targets),
         ),
     )

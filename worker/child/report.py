@@ -52,20 +52,25 @@ class Report:
 
 def sink(report: Report) -> Callable[[EngineEvent], None]:
     """Return what turns the engine's events into lines, in OpenAI's words where it has any."""
+    total_steps = 0
 
     def tell(event: EngineEvent) -> None:
+        nonlocal total_steps
         data = event.as_dict()
         match data["kind"]:
+            case "run_started":
+                total_steps = data["total_steps"]
+                report.message(_MESSAGES["run_started"].format_map(data), data=data)
+                _tell_resumed(report, data["start_step"])
             case "step_metrics":
                 report.metrics(step_message(data), data)
             case "validation_metrics":
-                report.metrics(
-                    _validation_message(data), data | {"valid_loss": data["full_valid_loss"]}
-                )
+                data["total_steps"] = total_steps
+                report.metrics(_validation_message(data), data | _also_as_valid(data))
             case "notice":
                 report.message(data["message"], level=data["level"], data=data["data"])
             case kind:
-                report.message(_MESSAGES.get(kind, kind).format_map(data), data=data)
+                report.message(_MESSAGES.get(str(kind), str(kind)).format_map(data), data=data)
 
     return tell
 
@@ -79,10 +84,27 @@ _MESSAGES = {
 }
 
 
+def _tell_resumed(report: Report, start_step: int) -> None:
+    """Say from which step an earlier attempt is taken up; the engine alone knows which resume point was whole."""
+    if start_step > 0:
+        report.message(
+            f"Resumed from step {start_step}",
+            data={"kind": "attempt_resumed", "from_step": start_step},
+        )
+
+
+def _also_as_valid(data: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI tells a batch's validation loss beside the whole set's; we always measure the whole set."""
+    return {
+        "valid_loss": data["full_valid_loss"],
+        "valid_mean_token_accuracy": data["full_valid_mean_token_accuracy"],
+    }
+
+
 def step_message(data: dict[str, Any]) -> str:
     """Return OpenAI's line for a step."""
     return f"Step {data['step']}/{data['total_steps']}: training loss={data['train_loss']:.2f}"
 
 
 def _validation_message(data: dict[str, Any]) -> str:
-    return f"Step {data['step']}: full validation loss={data['full_valid_loss']:.2f}"
+    return f"Step {data['step']}/{data['total_steps']}: full validation loss={data['full_valid_loss']:.2f}"

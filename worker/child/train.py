@@ -69,6 +69,7 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         sample_prompts=spec["sample_prompts"],
         resume_from=spec["resume_from"],
         should_stop=should_stop,
+        base_model_name_or_path=public_name(spec),
     )
     return _as_result(folder, result)
 
@@ -80,6 +81,11 @@ def compute_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
+def public_name(spec: dict[str, Any]) -> str:
+    """Return the base model's name for the adapter's config: never a path of this machine."""
+    return str(spec["model"]["hub"] or spec["base_model"])
+
+
 def _validation(spec: dict[str, Any], encoder: TextEncoder, context_length: int) -> Dataset | None:
     if spec["validation_file"] is None:
         return None
@@ -88,7 +94,7 @@ def _validation(spec: dict[str, Any], encoder: TextEncoder, context_length: int)
 
 def _as_result(folder: AttemptFolder, result: TrainResult) -> dict[str, Any]:
     versions = {name: version(name) for name in _PACKAGES}
-    if result.stopped:
+    if result.stopped or result.adapter is None:
         return {"outcome": "stopped", "error": None, "versions": versions, "steps": result.steps}
     return {
         "outcome": "succeeded",
