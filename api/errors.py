@@ -17,7 +17,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 
 from api.validation import explain
-from service.errors import InvalidApiKey, InvalidRequest, ServiceError, Unavailable
+from service.errors import (
+    InvalidApiKey,
+    InvalidRequest,
+    RangeNotSatisfiable,
+    ServiceError,
+    Unavailable,
+)
 from service.logging import get_logger
 
 log = get_logger(__name__)
@@ -105,6 +111,8 @@ def _render(error: ServiceError) -> Response:
         headers["retry-after"] = str(RETRY_AFTER_S)
     if error.should_retry is not None:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
+    if isinstance(error, RangeNotSatisfiable):
+        headers["content-range"] = f"bytes */{error.size}"
     if error.status == InvalidApiKey.status:
         headers["www-authenticate"] = "Bearer"
     return _envelope(

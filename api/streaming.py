@@ -9,9 +9,10 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 
 import anyio
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.sse import format_sse_event
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.responses import StreamingResponse
 from starlette.types import Send
 
 from service.events.feed import Feed
@@ -52,8 +53,14 @@ class Batch:
     ended: bool = False
 
 
-class EventStream(EventSourceResponse):
-    """A response of server-sent events whose source is closed at once when the client goes."""
+class EventStream(StreamingResponse):
+    """A response of server-sent events whose source is closed at once when the client goes.
+
+    FastAPI's own `EventSourceResponse` wants the route to be the generator, whose first step comes after the status
+    line; here an unknown job is still a 404.
+    """
+
+    media_type = "text/event-stream"
 
     def __init__(self, content: AsyncGenerator[bytes]) -> None:
         super().__init__(
