@@ -48,7 +48,10 @@ class LoraLinearFn(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102
+    def backward(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, down = ctx.saved_tensors  # noqa: N806
         dtype = ctx.dtype
         grad = grad.to(dtype)

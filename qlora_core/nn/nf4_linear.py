@@ -44,7 +44,10 @@ class NF4LinearFn(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # noqa: ANN401, D102
+    def backward(  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,  # noqa: ANN401
+        grad: Tensor,
+    ) -> tuple[Tensor, None, None, None]:
         with dense(ctx.weight, ctx.dtype) as dense_weight:
             dx = grad.to(ctx.dtype) @ dense_weight
         return dx.to(ctx.x_dtype), None, None, None

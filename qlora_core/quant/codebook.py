@@ -30,26 +30,25 @@ NF4_LEVELS: tuple[float, ...] = (
     0.7229568362236023,
     1.0,
 )
-# The exact float32 midpoints of neighbouring levels: a code is the number of these that lie
-# strictly below the scaled value, so a value on a midpoint gets the lower level.
+# The midpoints of neighbouring levels, rounded to float32: a code is the number of these that lie
+# strictly below the scaled value, so a value on a threshold gets the lower level.
 NF4_THRESHOLDS: tuple[float, ...] = (
-    -0.8480964004993439,
-    -0.6106329262256622,
+    -0.8480963706970215,
+    -0.6106328964233398,
     -0.4599952697753906,
-    -0.33967943489551544,
-    -0.23460740596055984,
-    -0.13791173323988914,
+    -0.33967941999435425,
+    -0.23460739850997925,
+    -0.13791173696517944,
     -0.045525018125772476,
     0.03979014977812767,
-    0.1202552504837513,
+    0.120255246758461,
     0.2035212516784668,
-    0.2920137718319893,
+    0.2920137643814087,
     0.3893125355243683,
-    0.5016634166240692,
+    0.5016634464263916,
     0.6427869200706482,
-    0.8614784181118011,
+    0.8614784479141235,
 )
-NF4_ZERO_CODE = 7
 BLOCK_SIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 

@@ -13,10 +13,10 @@ def kernel_device() -> Iterator[str]:
     if torch.cuda.is_available():
         yield "cuda"
         return
-    import triton
+    from triton import knobs
 
     # The root conftest sets TRITON_INTERPRET before anything can import triton.
-    assert triton.knobs.runtime.interpret, "triton was imported without TRITON_INTERPRET=1"
+    assert knobs.runtime.interpret, "triton was imported without TRITON_INTERPRET=1"
     from tests.qlora_core.triton_interpreter import mend
 
     mend()

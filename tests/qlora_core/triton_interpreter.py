@@ -19,9 +19,8 @@ def mend() -> None:
     if _mended:
         return
     _mended = True
-    cast: Any = InterpreterBuilder.cast_impl
-    fp_to_fp: Any = InterpreterBuilder.create_fp_to_fp
-    dot: Any = InterpreterBuilder.create_dot
+    builder: Any = InterpreterBuilder
+    cast, fp_to_fp, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
 
     def mended_cast(self: Any, src: Any, dst_type: Any) -> Any:
         mended = _cast_bfloat16(src, dst_type)
@@ -35,9 +34,9 @@ def mend() -> None:
         wide = [_cast_bfloat16(operand, tl.float32) or operand for operand in (a, b)]
         return dot(self, *wide, *rest)
 
-    InterpreterBuilder.cast_impl = mended_cast
-    InterpreterBuilder.create_fp_to_fp = mended_fp_to_fp
-    InterpreterBuilder.create_dot = mended_dot
+    builder.cast_impl = mended_cast
+    builder.create_fp_to_fp = mended_fp_to_fp
+    builder.create_dot = mended_dot
 
 
 def _cast_bfloat16(src: Any, dst_type: Any) -> TensorHandle | None:

@@ -129,7 +129,7 @@ def launch_quantize(flat: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
             n_blocks,
             BLOCK_SIZE=block_size,
             BLOCKS=blocks,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - a compile option
         )
     return packed, absmax
 
@@ -162,7 +162,7 @@ def launch_dequantize(
             BLOCK_SIZE=block_size,
             BLOCKS=blocks,
             NESTED=nested_absmax is not None,
-            enable_fp_fusion=False,
+            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - a compile option
         )
 
 

@@ -1,0 +1,134 @@
+"""NF4Weight: the quantized weight as the rest of the engine sees it."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qlora_core import NF4Weight, NonFiniteError, quantize_nf4
+from qlora_core.quant.double_quant import reference as double_quant_reference
+from qlora_core.quant.nf4 import reference as nf4_reference
+from qlora_core.quant.workspace import dense
+
+
+def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("shape", [(16, 64), (7, 13), (3, 5, 7), (1,)], ids=str)
+def test_comes_back_as_the_references_say(shape: tuple[int, ...], double_quant: bool) -> None:
+    weight = matrix(*shape, dtype=torch.bfloat16)
+
+    quantized = quantize_nf4(weight, double_quant=double_quant)
+
+    packed, scales = nf4_reference.quantize_nf4(weight, block_size=64)
+    if double_quant:
+        scales = double_quant_reference.dequantize_absmax(
+            *double_quant_reference.quantize_absmax(scales)
+        )
+    expected = nf4_reference.dequantize_nf4(
+        packed, scales, n=weight.numel(), block_size=64, dtype=torch.bfloat16
+    )
+    assert torch.equal(quantized.dequantize(), expected.view(shape))
+    assert quantized.dequantize().dtype == torch.bfloat16
+    assert quantized.shape == shape
+    assert quantized.double_quant is double_quant
+
+
+def test_double_quantization_costs_4127_thousandths_of_a_bit_per_parameter() -> None:
+    weight = matrix(512, 512)
+
+    plain, double = quantize_nf4(weight, double_quant=False), quantize_nf4(weight)
+
+    assert plain.bits_per_parameter == 4.5
+    assert round(double.bits_per_parameter, 3) == 4.127
+    assert double.nbytes == 512 * 512 // 2 + 4096 + 16 * 4 + 4
+
+
+def test_fills_the_memory_it_is_given_and_no_other() -> None:
+    quantized = quantize_nf4(matrix(10, 10))
+    out = torch.full((10, 10), torch.nan)
+
+    actual = quantized.dequantize(out=out)
+
+    assert actual.data_ptr() == out.data_ptr()
+    assert torch.equal(out, quantized.dequantize(torch.float32))
+
+
+def test_zeros_stay_zeros_through_double_quantization() -> None:
+    weight = matrix(64, 64)
+    weight[3:9] = 0
+
+    back = quantize_nf4(weight).dequantize()
+
+    assert back[3:9].eq(0).all()
+
+
+def test_names_the_tensor_that_is_not_finite() -> None:
+    weight = matrix(4, 64)
+    weight[2, 5] = torch.inf
+
+    with pytest.raises(NonFiniteError, match=r"model\.q_proj\.weight"):
+        quantize_nf4(weight, name="model.q_proj.weight")
+
+
+def test_a_weight_that_is_not_contiguous_is_quantized_in_the_order_of_its_rows() -> None:
+    weight = matrix(32, 48)
+
+    assert torch.equal(
+        quantize_nf4(weight.T).dequantize(), quantize_nf4(weight.T.contiguous()).dequantize()
+    )
+
+
+def test_moves_to_another_device_with_all_its_parts() -> None:
+    moved = quantize_nf4(matrix(8, 64)).to("meta")
+
+    parts = (moved.packed, moved.absmax, moved.nested_absmax, moved.offset)
+    assert [part is not None and part.device.type for part in parts] == ["meta"] * 4
+    assert moved.device.type == "meta"
+
+
+def test_the_workspace_lends_two_weights_at_once_different_memory() -> None:
+    first, second = quantize_nf4(matrix(8, 64)), quantize_nf4(-matrix(8, 64))
+
+    with dense(first, torch.float32) as one, dense(second, torch.float32) as other:
+        assert one.data_ptr() != other.data_ptr()
+        assert torch.equal(one, first.dequantize())
+        assert torch.equal(other, second.dequantize())
+
+
+def test_the_workspace_reuses_its_memory() -> None:
+    weight = quantize_nf4(matrix(8, 64))
+
+    with dense(weight, torch.float32) as lent:
+        first = lent.data_ptr()
+    with dense(weight, torch.float32) as lent:
+        second = lent.data_ptr()
+
+    assert first == second
+
+
+def test_memory_lent_in_inference_mode_can_be_written_outside_it() -> None:
+    weight: NF4Weight = quantize_nf4(matrix(300, 300))
+
+    with torch.inference_mode(), dense(weight, torch.float32) as inside:
+        expected = inside.clone()
+    with dense(weight, torch.float32) as outside:
+        assert torch.equal(outside, expected)
+
+
+def test_nothing_here_needs_triton() -> None:
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, qlora_core.quant, qlora_core.nn\n"
+        "weight = qlora_core.quant.quantize_nf4(torch.ones(4, 64))\n"
+        "assert weight.dequantize().eq(1).all()\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 0, done.stderr
