@@ -118,8 +118,10 @@ def _sha256(secret: str) -> str:
 
 
 def _kept_secret(path: Path) -> str | None:
-    """Return the secret of a file that a crash left behind; None if there is no whole one."""
+    """Return the secret of a file that a crash left behind; None if there is no whole, private one."""
     try:
+        if path.stat().st_mode & 0o077:
+            return None
         text = path.read_text(encoding="ascii").strip()
     except (FileNotFoundError, UnicodeDecodeError):
         return None

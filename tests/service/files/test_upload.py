@@ -1,0 +1,120 @@
+"""What an upload accepts, below HTTP: names, the first line, the disk's last bytes."""
+
+import asyncio
+
+import pytest
+
+from service.errors import InvalidRequest, StorageFull, TooLarge
+from service.files.upload import FirstLine, Upload, base_name, check_room
+from service.settings import Settings
+from service.storage import Storage
+
+
+@pytest.mark.parametrize(
+    ("sent", "kept"),
+    [
+        ("training.jsonl", "training.jsonl"),
+        ("../../etc/passwd", "passwd"),
+        (r"C:\Users\me\training.jsonl", "training.jsonl"),
+        (r"..\..\training.jsonl", "training.jsonl"),
+        ("/", None),
+        ("", None),
+        (".", None),
+        ("a/..", None),
+        ("  ", None),
+        ("a\x00b", None),
+        ("a\r\nb", None),
+        ("x" * 255, "x" * 255),
+        ("x" * 256, None),
+        ("daten für alle.jsonl", "daten für alle.jsonl"),
+        (".hidden", ".hidden"),
+    ],
+)
+def test_only_the_last_part_of_a_name_is_kept(sent: str, kept: str | None) -> None:
+    if kept is None:
+        with pytest.raises(InvalidRequest):
+            base_name(sent)
+    else:
+        assert base_name(sent) == kept
+
+
+@pytest.mark.parametrize("piece", [1, 3, 1000])
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"messages": []}', None),
+        (b'{"messages": []}\nrubbish', None),  # the rest is the job's to check
+        (b'\r\n\n  {"messages": []}  \r\n', None),
+        (b'\xef\xbb\xbf{"a": 1}\n', None),
+        (b"{}\n", None),
+        (b"[]\n", 'Line 1 is not a dictionary (HINT: line starts with: "[]…")'),
+        (b"\n\nabc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc…")'),
+        (b"{'a': 1}\n", "Line 1 is not a dictionary"),
+        (b"   ", "Line 1 is not a dictionary"),
+        (b"\n\n", "Line 3 is not a dictionary"),
+    ],
+)
+def test_the_first_line_must_be_a_json_object(content: bytes, told: str | None, piece: int) -> None:
+    line = FirstLine()
+
+    for start in range(0, len(content), piece):
+        line.add(content[start : start + piece])
+
+    if told is None:
+        line.check()
+    else:
+        with pytest.raises(InvalidRequest) as caught:
+            line.check()
+        assert told in caught.value.message
+
+
+def test_a_first_line_of_many_megabytes_is_judged_by_its_start() -> None:
+    line = FirstLine()
+    for _ in range(40):
+        line.add(b'{"messages": "' + b"x" * 100_000)
+
+    line.check()
+
+    assert line.is_whole
+
+
+@pytest.mark.parametrize(
+    ("declared", "limits", "wanted"),
+    [
+        (None, {}, None),
+        (1_000, {}, None),
+        (1_001, {"max_upload_bytes": 1_000}, TooLarge),
+        (1_000, {"max_upload_bytes": 1_000}, None),
+        (None, {"min_free_bytes": 1 << 60}, StorageFull),
+        (1 << 60, {"max_upload_bytes": 1 << 61}, StorageFull),
+    ],
+)
+def test_room_is_checked_by_what_is_declared(
+    settings: Settings, declared: int | None, limits: dict[str, int], wanted: type[Exception] | None
+) -> None:
+    limited = settings.model_copy(update=limits)
+    storage = Storage.open(settings)
+
+    if wanted is None:
+        check_room(limited, storage, declared)
+    else:
+        with pytest.raises(wanted):
+            check_room(limited, storage, declared)
+
+
+def test_a_disk_that_runs_low_meanwhile_ends_the_upload(settings: Settings) -> None:
+    storage = Storage.open(settings)
+    free = storage.free_bytes()
+    assert free is not None
+    low = settings.model_copy(update={"min_free_bytes": free + (1 << 40)})  # others filled it
+
+    async def scenario() -> None:
+        upload = Upload(low, storage, project_id="proj_default", filename="a.bin")
+        try:
+            for _ in range(40):
+                await upload.write(b"x" * 1_000_000, purpose="batch")
+        finally:
+            await upload.abort()
+
+    with pytest.raises(StorageFull):
+        asyncio.run(scenario())
