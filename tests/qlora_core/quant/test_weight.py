@@ -110,6 +110,15 @@ def test_the_workspace_reuses_its_memory() -> None:
     assert first == second
 
 
+def test_a_dense_weight_is_lent_as_it_is() -> None:
+    weight = matrix(8, 64)
+
+    with dense(weight, torch.float32) as lent:
+        assert lent.data_ptr() == weight.data_ptr()
+    with dense(weight, torch.bfloat16) as lent:
+        assert torch.equal(lent, weight.to(torch.bfloat16))
+
+
 def test_memory_lent_in_inference_mode_can_be_written_outside_it() -> None:
     weight: NF4Weight = quantize_nf4(matrix(300, 300))
 
