@@ -9,6 +9,7 @@ from typing import cast
 
 import anyio
 from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
@@ -17,6 +18,7 @@ from service.errors import InvalidRequest, TooLarge
 MAX_JSON_BYTES = 1_000_000
 MAX_JSON_DEPTH = 64
 MAX_DRAIN_BYTES = 512 * 1024
+IDLE_S: float = 60
 _DRAIN_S = 1.0
 _SUSPECT = re.compile(rb"\x00|\\u0000|\\u[dD][89abcdefABCDEF]")
 
@@ -55,8 +57,12 @@ class UnreadBody:
         self._receive = receive
 
     async def receive(self) -> Message:
-        """Receive on behalf of the application."""
-        message = await self._receive()
+        """Receive on behalf of the application; 408 when a body that was begun does not go on."""
+        try:
+            with anyio.fail_after(IDLE_S if self.unread else None):
+                message = await self._receive()
+        except TimeoutError:
+            raise HTTPException(408, f"Nothing came for {IDLE_S} seconds.") from None
         if message["type"] == "http.disconnect" or not message.get("more_body", False):
             self.unread = False
         return message

@@ -7,9 +7,7 @@ costs no upload.
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-import anyio
 from fastapi import Request
-from starlette.exceptions import HTTPException
 
 from api.deps import State
 from api.multipart import PartData, PartEnd, PartStart, read_parts
@@ -17,7 +15,6 @@ from service.errors import InvalidRequest, TooLarge
 from service.files.actions import check_expires_after
 from service.files.upload import Upload, UploadedFile, check_purpose, check_room
 
-_IDLE_S = 60
 _MAX_FIELD_BYTES = 1_000
 _FORM_OVERHEAD_BYTES = 100_000
 """What a form may have beside the file: boundaries, headers, fields."""
@@ -119,21 +116,14 @@ def _declared_bytes(request: Request) -> int | None:
 
 
 async def _bounded(request: Request, limit: int) -> AsyncGenerator[bytes]:
-    """Give the body's pieces; raise when they are too many, or when none has come for a minute."""
+    """Give the body's pieces; raise when they are too many."""
     total = 0
-    stream = aiter(request.stream())
-    while True:
-        try:
-            with anyio.fail_after(_IDLE_S):
-                data = await anext(stream, None)
-        except TimeoutError:
-            raise HTTPException(408, f"Nothing came for {_IDLE_S} seconds.") from None
-        if data is None:
-            return
-        total += len(data)
-        if total > limit:
-            raise TooLarge(f"A form with a file may have {limit} bytes.", param="file")
-        yield data
+    async with aclosing(request.stream()) as stream:
+        async for data in stream:
+            total += len(data)
+            if total > limit:
+                raise TooLarge(f"A form with a file may have {limit} bytes.", param="file")
+            yield data
 
 
 def _missing(name: str) -> InvalidRequest:

@@ -11,7 +11,10 @@ import sys
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-_SECRET = re.compile(r"sk-nibble-[A-Za-z0-9_-]+|(?i:bearer)\s+\S+|(?<=://)[^\s/@]*:[^\s/@]*(?=@)")
+_SECRET = re.compile(
+    r"""sk-nibble-[A-Za-z0-9_-]+|(?<=bearer\s)[^\s"\\]+|(?<=://)[^\s/@"]*:[^\s/@"]*(?=@)""",
+    re.IGNORECASE,
+)
 _BLANK = "[secret]"
 
 
@@ -44,13 +47,12 @@ def configure(level: str = "INFO") -> None:
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        _Formatter(
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _drop_colours,
                 structlog.processors.format_exc_info,
-                _blank_secrets,
                 structlog.processors.JSONRenderer(default=str),
             ],
         )
@@ -78,9 +80,8 @@ def _drop_colours(_logger: WrappedLogger, _method: str, event: EventDict) -> Eve
     return event
 
 
-def _blank_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    return {key: _blank(value) for key, value in event.items()}
+class _Formatter(structlog.stdlib.ProcessorFormatter):
+    """Blanks secrets in the finished line: fields may be nested, and tracebacks quote anything."""
 
-
-def _blank(value: object) -> object:
-    return blank_secrets(value) if isinstance(value, str) else value
+    def format(self, record: logging.LogRecord) -> str:
+        return blank_secrets(super().format(record))

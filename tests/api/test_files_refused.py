@@ -298,7 +298,7 @@ def test_a_server_that_stops_in_the_middle_leaves_nothing(settings: Settings) ->
 def test_a_client_that_falls_silent_is_cut_off(
     monkeypatch: pytest.MonkeyPatch, base_url: str, key: str, settings: Settings
 ) -> None:
-    monkeypatch.setattr("api.upload._IDLE_S", 0.2)
+    monkeypatch.setattr("api.body.IDLE_S", 0.2)
     body = PURPOSE + forms.file_start() + CHAT_LINE * 30_000
 
     with open_upload(base_url, key, body=body) as connection:
