@@ -20,10 +20,14 @@ def validated(
 ) -> None:
     """The files are good: keep the report and the resolved hyperparameters, and let the job wait for training.
 
+    A wish to cancel that came too late for the worker to see is fulfilled here: nobody would look at it while it waits.
+
     Raises:
         Fenced: the job is another attempt's, or ended. The same holds for every function of this module.
     """
-    hold(session, fence)
+    if hold(session, fence).desired == "cancel":
+        cancelled(session, fence)
+        return
     repository.end_attempt(session, fence.job_id, fence.attempt_no, "succeeded", None)
     move(
         session,

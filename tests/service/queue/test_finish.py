@@ -43,6 +43,23 @@ def test_a_good_validation_queues_the_job_with_its_report_and_hyperparameters(
     assert story(session, job.id)[-1] == (2, "Files validated, moving job to queued state")
 
 
+def test_a_validated_job_that_should_be_cancelled_is_not_queued(
+    make_job: MakeJob, make_claim: MakeClaim, session: Session, sessions: sessionmaker[Session]
+) -> None:
+    make_job(status="validating_files")
+    fence = claimed(make_claim("validate")).fence
+    with transaction(sessions) as tx:
+        tx.get_one(Job, fence.job_id).desired = "cancel"
+
+    with transaction(sessions) as tx:
+        finish.validated(tx, fence, report={}, hyperparameters={})
+
+    job = session.get_one(Job, fence.job_id)
+    assert (job.status, job.lease_owner) == ("cancelled", None)
+    assert session.get_one(Attempt, (job.id, 1)).outcome == "cancelled"
+    assert story(session, job.id)[-1] == (2, "Fine-tuning job cancelled")
+
+
 def test_success_names_the_model_and_tells_the_outside(
     make_job: MakeJob, make_claim: MakeClaim, session: Session, sessions: sessionmaker[Session]
 ) -> None:
