@@ -22,11 +22,8 @@ from service.tables import Checkpoint
 
 WEIGHTS = bytes(range(256)) * 40 + b"end"  # an odd length, so that padding matters
 REPORT: dict[str, Any] = {
-    "format": "chat",
-    "n_lines": 12,
-    "n_examples": 12,
-    "n_errors": 0,
-    "errors": [],
+    "training_file": {"format": "chat", "n_examples": 12, "n_errors": 1, "errors": [{"line": 3}]},
+    "validation_file": None,
 }
 
 
@@ -53,7 +50,7 @@ class HandWorker:
         taken = self.claim("validate")
 
         class Report:
-            n_examples = REPORT["n_examples"]
+            n_examples = REPORT["training_file"]["n_examples"]
 
         numbers = resolve_hyperparameters(taken.job.spec["hyperparameters"], Report(), 512)
         with transaction(self._sessions) as session:

@@ -67,7 +67,7 @@ class JobOut(BaseModel):
     trained_steps: int | None
     total_steps: int | None
     dataset_report: dict[str, Any] | None
-    """What validation found in the training file; in lists without the single lines."""
+    """What validation found in each file; in lists without the single lines."""
     sample_prompts: list[Any]
 
     @classmethod
@@ -81,9 +81,7 @@ class JobOut(BaseModel):
     ) -> "JobOut":
         """Show a job. `newest_step`: the data of its newest metrics."""
         step = newest_step or {}
-        report = job.dataset_report
-        if report is not None and in_list:
-            report = {name: value for name, value in report.items() if name != "errors"}
+        report = _short(job.dataset_report) if in_list else job.dataset_report
         kind = job.spec["method"]["type"]
         ended = job.status in TERMINAL
         return cls.model_validate(
@@ -183,6 +181,16 @@ def cancel_job(
     """Cancel a job: at once if nobody works on it, else as soon as its worker has stopped."""
     job = actions.cancel(session, caller.project_id, job_id)
     return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
+
+
+def _short(report: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a dataset report without the lines at fault of each file."""
+    if report is None:
+        return None
+    return {
+        file: found and {name: value for name, value in found.items() if name != "errors"}
+        for file, found in report.items()
+    }
 
 
 def _filter(request: Request) -> JobFilter:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from service import clock
 from service.events.actions import NewEvent, append
+from service.events.content import storable
 from service.jobs import repository
 from service.tables import Job
 
@@ -30,6 +31,10 @@ SOURCES: dict[Status, tuple[Status, ...]] = {
 """From where each status can be reached."""
 
 TERMINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+
+
+_TOLD_BY_RUNS = ("error", "dataset_report")
+"""Columns that may quote a user's file or a child's log, and so hold what PostgreSQL cannot."""
 
 
 class Fenced(Exception):
@@ -62,6 +67,8 @@ def move(
     Raises:
         Fenced: the job does not stand there, or belongs to another attempt. Nothing was written.
     """
+    for name in _TOLD_BY_RUNS:
+        values |= {name: storable(values[name])} if name in values else {}
     values["status"] = to
     if release:
         values |= {"lease_owner": None, "lease_until": None}

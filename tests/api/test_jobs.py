@@ -99,6 +99,23 @@ def test_every_state_of_a_job_fits_the_sdks_strict_models(
     assert succeeded.seed == 7
 
 
+def test_the_dataset_report_is_whole_on_a_job_and_short_in_a_list(
+    client: OpenAI, training_file: str, worker: HandWorker
+) -> None:
+    job_id = create(client, training_file).id
+    worker.validate()
+
+    whole = client.fine_tuning.jobs.retrieve(job_id).to_dict()["dataset_report"]
+    short = client.fine_tuning.jobs.list().data[0].to_dict()["dataset_report"]
+
+    summary = {"format": "chat", "n_examples": 12, "n_errors": 1}
+    assert whole == {
+        "training_file": summary | {"errors": [{"line": 3}]},
+        "validation_file": None,
+    }
+    assert short == {"training_file": summary, "validation_file": None}
+
+
 def test_a_failed_job_says_why(strict: OpenAI, training_file: str, worker: HandWorker) -> None:
     job_id = create(strict, training_file).id
 
