@@ -90,7 +90,8 @@ class AttemptFolder:
             return ""
         if start and b"\n" in tail:
             tail = tail.split(b"\n", 1)[1]
-        return tail.decode("utf-8", "replace").strip()
+        text = tail.decode("utf-8", "replace").strip()
+        return text.replace("\0", "\N{REPLACEMENT CHARACTER}")  # which PostgreSQL cannot store
 
     def drop_heavy_parts(self) -> None:
         """Remove inputs and the engine's output; what tells the story (spec, events, log, result) stays."""
