@@ -105,7 +105,10 @@ def closing_database(server: postgres.Postgres, template: str) -> Iterator[str]:
 @contextlib.contextmanager
 def serve(settings: Settings) -> Iterator[str]:
     """Serve the application from a thread of this process and give its address."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    # With its protocol named, as uvicorn's own: asyncio sets TCP_NODELAY on no other, and an answer that
+    # waits for an acknowledgement is lost when the connection is cut off after it.
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
         create_app(settings), log_config=None, access_log=False, timeout_graceful_shutdown=2
     )
