@@ -106,6 +106,7 @@ class BarDisplay:
             console=output.people(),
         )
         self._task = self._bar.add_task("training", total=1, visible=False, figures=())
+        self._latest: list[str] = []
         self._validation: list[str] = []
 
     def __enter__(self) -> Self:
@@ -123,15 +124,17 @@ class BarDisplay:
             self._bar.console.print(text)
             return
         told = figures(step)
-        if step.valid_loss is not None:  # stays until the next one
-            self._validation = [figure for figure in told if figure.startswith("validation")]
+        validation = [figure for figure in told if figure.startswith("validation")]
         latest = [figure for figure in told if not figure.startswith("validation")]
+        # Validations come in events of their own: each kind of figure stays until its next one.
+        self._validation = validation or self._validation
+        self._latest = latest or self._latest
         if step.number is not None and step.total is not None:
             self._bar.update(
                 self._task,
                 completed=step.number,
                 total=max(step.total, 1),
-                figures=latest[:1] + self._validation + latest[1:],
+                figures=self._latest[:1] + self._validation + self._latest[1:],
                 visible=True,
             )
 

@@ -46,7 +46,7 @@ def test_the_list_is_tab_separated_where_there_is_no_terminal(
 
     line = nibble("files", "list", "--limit", 1).stdout
 
-    assert line.split("\t")[:4] == [file_id, "train.jsonl", "1.6 KiB", "fine-tune"]
+    assert line.split("\t")[:4] == [file_id, "train.jsonl", "1.7 KiB", "fine-tune"]
 
 
 def test_models_of_the_catalog_are_listed(nibble: Run, client: openai.OpenAI) -> None:

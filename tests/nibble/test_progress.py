@@ -1,7 +1,12 @@
-import pytest
+import io
 
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from nibble import output
 from nibble.events import JobEvent, Step
-from nibble.progress import LineDisplay, figures
+from nibble.progress import BarDisplay, LineDisplay, figures
 
 
 def step_event(number: int, *, valid_loss: float | None = None) -> JobEvent:
@@ -47,3 +52,23 @@ def test_a_message_is_shown_without_what_would_steer_the_terminal(
         display.event(event)
 
     assert capsys.readouterr().err == "[2Joh [bold]no[/]\n"
+
+
+def test_the_bar_keeps_the_last_figures_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=140)
+    monkeypatch.setattr(output, "people", lambda: terminal)
+    validated = Step(40, 100, None, 0.75, None, None)
+
+    with BarDisplay() as display:
+        display.event(step_event(40))
+        display.event(JobEvent(id="v", level="info", message="Step 40/100", step=validated))
+        display.event(
+            JobEvent(id="m", level="info", message="Checkpoint [red]created[/]", step=None)
+        )
+
+    shown = Text.from_ansi(screen.getvalue()).plain
+    assert "Checkpoint [red]created[/]" in shown
+    after_the_message = shown.partition("Checkpoint")[2]
+    told = "40/100 loss 0.0375  validation loss 0.7500  1,234 tokens/s  memory 1.5 GiB"
+    assert told in after_the_message
