@@ -4,7 +4,10 @@ The tasks return at once. The work itself runs in the slots' own threads (worker
 restarted or emptied touches no attempt, and a warm shutdown never waits for hours.
 """
 
+import warnings
+
 from celery import Celery
+from celery.platforms import SecurityWarning
 from celery.signals import worker_shutting_down
 
 from service.queue.broker import KINDS, Kind, make_app, task_name
@@ -36,7 +39,10 @@ def listen(app: Celery, crew: Crew) -> None:
 
     worker_shutting_down.connect(stop, weak=False)
     kinds = sorted({slot.kind for slot in crew.slots})
+    # Celery's advice for web servers' task queues; in a container, root is who we are.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
     arguments = [
+        "--quiet",
         "worker",
         "--pool=threads",
         f"--concurrency={max(1, len(crew.slots))}",

@@ -151,8 +151,8 @@ class Slot:
             )
 
     def _keep_a_spare(self) -> None:
-        """Have a child stand ready. Only for training: one that validates starts in a moment."""
-        if self._place.kind != "train" or self._stopping.is_set():
+        """Have a child stand ready, with everything imported that it will need."""
+        if self._stopping.is_set():
             return
         if self._spare is not None and self._spare.has_exited():
             log.warning("spare_died", slot=self._thread.name, exit_status=self._spare.end())

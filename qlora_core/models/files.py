@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from qlora_core.errors import (
     ModelNotFound,
     ModelUnsupported,
@@ -65,7 +63,7 @@ def find_weights(folder: Path) -> WeightFiles:
         ModelWeightsPickle: there are weights, but only as pickle files.
         ModelWeightsInvalid: a file is truncated or malformed, or disagrees with the index.
     """
-    shards, indexed = _shards(folder)
+    shards, indexed = find_shards(folder)
     file_of: dict[str, Path] = {}
     for shard in shards:
         for name in _names_in(shard):
@@ -82,8 +80,12 @@ def find_weights(folder: Path) -> WeightFiles:
     return WeightFiles(file_of, sum(shard.stat().st_size for shard in shards))
 
 
-def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """Give the shards in order, and what the index (if there is one) says about them."""
+def find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """Give the shards in order, and what the index (if there is one) says about them; opens none of them.
+
+    Raises:
+        ModelWeightsMissing, ModelWeightsPickle, ModelWeightsInvalid: as `find_weights`.
+    """
     if (folder / _INDEX).is_file():
         indexed = _read_index(folder / _INDEX)
         shards = [folder / name for name in sorted(set(indexed.values()))]
@@ -122,6 +124,9 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _names_in(shard: Path) -> list[str]:
+    # Not above: who only asks for the files (`find_shards`) need not have safetensors, which loads torch.
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(shard, framework="pt", device="cpu") as file:
             return list(file.keys())

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_core.models.files import find_shards, read_config
 from qlora_core.text import DatasetReport, TextEncoder, check_dataset
 from service.jobs.resolve import resolve_context_length, resolve_hyperparameters
 from service.models.actions import resolve_folder
@@ -30,6 +31,8 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
         MemoryError: a file needs more than is allowed.
     """
     folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
+    read_config(folder)
+    find_shards(folder)  # refuse now what the training could not load
     _limit(int(spec["memory_bytes"]), int(spec["time_s"]))
     encoder = TextEncoder.from_folder(folder)
     requested = spec["hyperparameters"]
