@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -17,7 +20,7 @@ from api import streaming
 from service.events import feed
 from service.events.actions import NewEvent
 from service.settings import Settings
-from tests.api.conftest import serve, wait_until
+from tests.api.conftest import CHAT_LINE, run_process, serve, wait_until
 from tests.hand_worker import HandWorker
 
 
@@ -294,3 +297,25 @@ def test_a_message_with_line_breaks_stays_one_event(
 
     assert [t.data.get("message") for t in told[:-1]] == [message, "The loss is not a number."]
     assert told[-1].event == "done"
+
+
+def test_an_open_stream_ends_at_once_when_the_server_stops(
+    settings: Settings, tmp_path: Path
+) -> None:
+    with run_process(settings, tmp_path / "api.log") as api:
+        key = settings.first_key_file.read_text().strip()
+        http = httpx2.Client(base_url=api.url, headers={"authorization": f"Bearer {key}"})
+        with OpenAI(base_url=f"{api.url}/v1", api_key=key) as client:
+            file = client.files.create(file=("t.jsonl", CHAT_LINE), purpose="fine-tune")
+            job = client.fine_tuning.jobs.create(model="tiny-llama", training_file=file.id)
+        told = listen(http, job.id)
+        next(told)
+
+        os.kill(api.pid, signal.SIGTERM)
+        asked_at = time.monotonic()
+        rest = list(told)  # a clean end, without `done`: the client comes back
+        took_s = time.monotonic() - asked_at
+        http.close()
+
+    assert rest == []
+    assert took_s < 3
