@@ -106,6 +106,7 @@ def write_model(model: LlamaForCausalLM, folder: Path, *, seed: int) -> None:
         bos_token_id=0, eos_token_id=3, pad_token_id=1, max_new_tokens=128
     )
     model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it readable to its owner only
 
 
 def start_special_tokens(model: LlamaForCausalLM, *, seed: int) -> None:
