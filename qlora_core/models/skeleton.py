@@ -44,10 +44,11 @@ def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=compute_dtype, trust_remote_code=False
             )
-    except (ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+    # transformers' constructors raise whatever wrong sizes lead them to.
+    except Exception as error:
         raise ModelUnsupported(
             f"transformers cannot build a causal language model of type {model_type} "
-            f"from {folder / 'config.json'}: {_first_line(error)}"
+            f"from {folder / 'config.json'}: {first_line(error)}"
         ) from error
     model.config._name_or_path = str(folder)  # noqa: SLF001 - where from_pretrained keeps it
     return model
@@ -60,11 +61,12 @@ def _read_architecture(folder: Path, model_type: str) -> PreTrainedConfig:
     except Exception as error:
         raise ModelUnsupported(
             f"transformers cannot read {folder / 'config.json'} (model type {model_type}): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Give the first line of what transformers said; the rest lists what it supports."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from qlora_core.nn.nf4_linear import NF4Linear, product_dtype
+from qlora_core.nn.nf4_linear import NF4Linear, NoDenseWeight, product_dtype
 from qlora_core.quant import NF4Weight
 from qlora_core.quant.workspace import dense
 
@@ -133,6 +133,12 @@ class LoraLinear(nn.Module):
     def r(self) -> int:
         """Rank of the update."""
         return self.lora_A.shape[0]
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Refuse ``weight`` with a sentence; everything else as usual."""
+        if name == "weight":
+            raise NoDenseWeight
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features], in the dtype of x."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from qlora_core.errors import ShapeError
+from qlora_core.errors import ModelUnsupported, ShapeError
 from qlora_core.quant import NF4Weight
 from qlora_core.quant.workspace import dense
 
@@ -22,6 +22,16 @@ from qlora_core.quant.workspace import dense
 def product_dtype(compute_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Give the dtype to multiply in: on CPUs float32, where 16-bit products are many times slower."""
     return torch.float32 if device.type == "cpu" else compute_dtype
+
+
+class NoDenseWeight(ModelUnsupported, AttributeError):
+    """Some code asked a quantized or adapted layer for its dense weight, instead of calling it."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model reads the weight of a linear layer directly, which goes past its quantization "
+            "and its adapter; such a model cannot be trained here"
+        )
 
 
 class NF4LinearFn(torch.autograd.Function):
@@ -104,6 +114,12 @@ class NF4Linear(nn.Module):
             block_size=self.block_size,
             dtype=self.original_dtype,
         )
+
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
+        """Refuse ``weight`` with a sentence; everything else as usual."""
+        if name == "weight":
+            raise NoDenseWeight
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in_features] to [..., out_features], in the dtype of x."""
