@@ -24,7 +24,7 @@ from nibble.upload import upload
 from operations.demo.docstrings import DemoFiles, DocstringSourceError, write_demo_files
 from operations.demo.outcome import Outcome, read_outcome
 from operations.launch import LaunchError, Service
-from operations.stopping import stop_on_signals
+from operations.stopping import Stopped, stop_on_signals
 from operations.up import read_settings, say
 from service.models.catalog import Catalog, CatalogError
 from service.settings import Settings
@@ -57,9 +57,12 @@ def demo(
     say("Starting the service …")
     try:
         with Service(settings, say=say) as service:
-            improved = _walk(service, files, model=model, epochs=epochs)
+            improved = _walk_or_stop(service, files, model=model, epochs=epochs)
     except LaunchError as error:
         raise Ending(ExitCode.FAILED, str(error)) from error
+    except Stopped as stopped:
+        say("Stopped; nothing is left running.")
+        raise typer.Exit(stopped.exit_code) from None
     print(f"\nEverything is stopped again. The demo took {_minutes(time.monotonic() - began)}.")
     if not improved:
         raise Ending(ExitCode.FAILED, "the validation loss did not fall")
@@ -96,11 +99,20 @@ def _write_files(settings: Settings, examples: int | None) -> DemoFiles:
     return files
 
 
+def _walk_or_stop(service: Service, files: DemoFiles, *, model: str, epochs: int) -> bool:
+    try:
+        return _walk(service, files, model=model, epochs=epochs)
+    except Stopped:
+        say("Stopping the service …")
+        raise
+
+
 def _walk(service: Service, files: DemoFiles, *, model: str, epochs: int) -> bool:
     """Upload, create, follow, fetch, tell; return whether the validation loss fell."""
     key = service.settings.first_key_file.read_text().strip()
     with OpenAI(base_url=f"{service.url}/v1", api_key=key, timeout=60) as client:
         say(f"The service is ready at {service.url} (documentation: {service.url}/docs).")
+        _clear(client)
         job = _create(client, files, model=model, epochs=epochs)
         say(f"Created {job.id}.")
         job = _follow(service, client, job.id)
@@ -115,29 +127,54 @@ def _walk(service: Service, files: DemoFiles, *, model: str, epochs: int) -> boo
     return outcome.improved
 
 
+def _clear(client: OpenAI) -> None:
+    """Cancel what an interrupted demo left in the queue: it would be trained first."""
+    for job in client.fine_tuning.jobs.list(limit=20):
+        if job.status in ("validating_files", "queued", "running"):
+            client.fine_tuning.jobs.cancel(job.id)
+            say(f"Cancelled {job.id} of an earlier demo.")
+
+
 def _create(client: OpenAI, files: DemoFiles, *, model: str, epochs: int) -> FineTuningJob:
     training = upload(client, files.train)
     validation = upload(client, files.validation)
+    # More than OpenAI's three, which the SDK's types do not know. A larger step size than the default, since there is
+    # time for few steps.
+    hyperparameters: Any = {
+        "n_epochs": epochs,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "context_length": 512,
+    }
     return client.fine_tuning.jobs.create(
         model=model,
         training_file=training.id,
         validation_file=validation.id,
         suffix="demo",
         seed=0,
-        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": epochs}}},
+        method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
         extra_body={"sample_prompts": list(files.held_out_questions)},
     )
 
 
 def _follow(service: Service, client: OpenAI, job_id: str) -> FineTuningJob:
     """Show the job's progress to its end, while the service is looked after by this, its own, thread."""
+    leaving = threading.Event()
     with display() as shown:
+
+        def trouble(message: str) -> None:
+            if not leaving.is_set():
+                shown.trouble(message)
+
         follower = Follower(
-            client, job_id, on_event=shown.event, on_trouble=shown.trouble, patience_s=_PATIENCE_S
+            client, job_id, on_event=shown.event, on_trouble=trouble, patience_s=_PATIENCE_S
         )
         result = _InBackground(follower.run)
-        while not result.wait(_LOOK_EVERY_S):
-            service.look_after()
+        try:
+            while not result.wait(_LOOK_EVERY_S):
+                service.look_after()
+        finally:
+            leaving.set()
     return result.value()
 
 
