@@ -1,14 +1,17 @@
 """A large upload costs neither memory nor the temporary folder."""
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import httpx2
 import pytest
 from fastapi import FastAPI, UploadFile
 from openai import OpenAI
+from starlette.types import Message
 
 from service.settings import Settings
 from tests.api import forms
@@ -17,6 +20,13 @@ from tests.api.conftest import CHAT_LINE, ApiProcess, run_process
 _MB = 1_000_000
 _PIECE = CHAT_LINE * (_MB // len(CHAT_LINE))
 MAX_GROWTH_BYTES = 50 * _MB
+
+
+@pytest.fixture(autouse=True)
+def _the_disk_gets_it_back(settings: Settings) -> Iterator[None]:
+    """pytest keeps the folders of tests for a while."""
+    yield
+    shutil.rmtree(settings.data_dir / "blobs", ignore_errors=True)
 
 
 def rss_bytes(api: ApiProcess, name: str) -> int:
@@ -103,9 +113,6 @@ def test_a_full_temporary_folder_does_not_matter(client: OpenAI) -> None:
 @pytest.mark.usefixtures("no_temporary_folder")
 def test_it_would_matter_if_the_route_took_an_uploadfile() -> None:
     """Shows that the test above can fail."""
-    import anyio
-    from starlette.types import Message
-
     app = FastAPI()
 
     @app.post("/")
