@@ -4,7 +4,7 @@ One transaction per request or task, committed at the edge; what must happen onl
 registered with `after_commit` and dropped on rollback.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from sqlalchemy import Engine, create_engine, event
@@ -41,7 +41,7 @@ def sessions(engine: Engine) -> sessionmaker[Session]:
 
 
 @contextmanager
-def transaction(factory: sessionmaker[Session]) -> Iterator[Session]:
+def transaction(factory: sessionmaker[Session]) -> Generator[Session]:
     """One transaction: committed when the block ends well, rolled back when it raises."""
     with factory() as session, session.begin():
         yield session
