@@ -168,8 +168,8 @@ def _prepare(
         sink(
             Notice(
                 "warn",
-                f"The output head of {type(model).__name__} is not one the engine knows: the loss is "
-                "computed from full logits, which takes more memory.",
+                f"The output head of {type(model).__name__} is not one that the engine can run in chunks: "
+                "the loss is computed from full logits, which takes more memory.",
             )
         )
     if config.gradient_checkpointing and not checkpoint_activations(model):

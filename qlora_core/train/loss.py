@@ -30,7 +30,8 @@ class SupervisedLoss:
 
     Families differ in what they do with the head's output (scale it, cap it softly). The variants that
     config.json can ask for are tried once, on a few tokens, against the model's own logits; if none of
-    them gives those, ``chunked`` is False and the model's plain forward pass is used, full logits and all.
+    them gives those, or the head itself is trained, ``chunked`` is False and the model's plain forward
+    pass is used, full logits and all.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -107,6 +108,8 @@ def _find_head(model: PreTrainedModel, decoder: Any) -> Head | None:  # noqa: AN
     linear = model.get_output_embeddings()
     if linear is None or decoder is model:
         return None
+    if any(parameter.requires_grad for parameter in linear.parameters()):
+        return None  # the chunks give no gradient to the head itself
     was_training = model.training
     model.eval()
     try:

@@ -1,0 +1,83 @@
+"""A tiny base model and a small dataset on disk, shared by the tests of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from qlora_core import Dataset, TextEncoder, TrainConfig, load_dataset, load_model
+from qlora_core.nn import LoraConfig
+from tests.tiny_models import save_tiny_llama
+
+ANSWERS = [
+    "Four bits.",
+    "Half a byte, that is four bits of it.",
+    "A byte has eight.",
+    "No.",
+    "Yes, and more",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Several test processes share the cores; torch's threads would only fight."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # Weights this large let a frozen random head say something with certainty.
+    return save_tiny_llama(tmp_path_factory.mktemp("base") / "tiny-llama", initializer_range=0.2)
+
+
+@pytest.fixture(scope="session")
+def encoder(base: Path) -> TextEncoder:
+    return TextEncoder.from_folder(base)
+
+
+@pytest.fixture(scope="session")
+def make_dataset(
+    encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Dataset]:
+    """Write and load ``count`` short chats, all of them ``repeat`` times; the same each time."""
+
+    def make(count: int, *, repeat: int = 1, **options: Any) -> Dataset:
+        path = tmp_path_factory.mktemp("data") / "train.jsonl"
+        lines = [
+            {"messages": [{"role": "user", "content": f"Question {i * 7 % 31}?"},
+                          {"role": "assistant", "content": ANSWERS[i % len(ANSWERS)]}]}
+            for i in range(count)
+        ]  # fmt: skip
+        path.write_text(
+            "".join(json.dumps(line) + "\n" for line in lines * repeat), encoding="utf-8"
+        )
+        return load_dataset(path, encoder, **{"context_length": 64, **options})
+
+    return make
+
+
+@pytest.fixture
+def load(base: Path) -> Callable[[], PreTrainedModel]:
+    def load_base() -> PreTrainedModel:
+        return load_model(base, device="cpu", compute_dtype=torch.float32)
+
+    return load_base
+
+
+@pytest.fixture
+def config() -> Callable[..., TrainConfig]:
+    def make(**options: Any) -> TrainConfig:
+        settings = {"n_epochs": 2, "batch_size": 4, "learning_rate": 1e-2, "context_length": 64,
+                    "gradient_checkpointing": False, "lora": LoraConfig(r=4, alpha=8)}  # fmt: skip
+        return TrainConfig(**{**settings, **options})
+
+    return make

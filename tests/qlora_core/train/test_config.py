@@ -1,0 +1,57 @@
+"""Every setting is checked when the config is made, and the message names it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from qlora_core.errors import ConfigError
+from qlora_core.nn import LoraConfig
+from qlora_core.train import TrainConfig
+
+BAD: list[tuple[str, Any]] = [
+    ("n_epochs", 0), ("n_epochs", 1.0), ("n_epochs", True), ("n_epochs", "3"), ("n_epochs", None),
+    ("batch_size", -1), ("context_length", 1), ("seed", -1), ("seed", 2**31), ("micro_batch_tokens", 0),
+    ("learning_rate", 0), ("learning_rate", float("nan")), ("learning_rate", float("inf")),
+    ("learning_rate", -1e-4), ("learning_rate", "auto"), ("learning_rate", True),
+    ("warmup_ratio", 1.5), ("warmup_ratio", -0.1), ("weight_decay", -1), ("max_grad_norm", 0),
+    ("lr_scheduler_type", "step"), ("lr_scheduler_type", ["linear"]), ("optimizer", "sgd"),
+    ("gradient_checkpointing", 1), ("lora", {"r": 4}), ("lora", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), BAD)
+def test_a_wrong_value_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} must be"):
+        TrainConfig(**{name: value})
+
+
+def test_survives_json() -> None:
+    config = TrainConfig(n_epochs=5, lora=LoraConfig(r=2, target_modules=("q_proj", "v_proj")))
+
+    again = TrainConfig.from_dict(json.loads(json.dumps(config.as_dict())))
+
+    assert again == config
+
+
+def test_left_out_fields_keep_their_defaults() -> None:
+    config = TrainConfig.from_dict({"seed": 9, "lora": {"r": 2}})
+
+    assert config == TrainConfig(seed=9, lora=LoraConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 3}, "unknown setting epochs"),
+        ({"lora": {"rank": 3}}, r"unknown setting lora\.rank"),
+        ({"lora": {"r": 0}}, "r must be at least 1"),
+        ({"lora": {"r": "8"}}, "lora has a value of the wrong type|r must be"),
+        ({"n_epochs": 0}, "n_epochs must be"),
+    ],
+)
+def test_from_dict_refuses_what_it_does_not_know(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)

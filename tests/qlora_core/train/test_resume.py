@@ -1,0 +1,276 @@
+"""A resumed run equals an unbroken one bit for bit, and a torn resume point is never used."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from qlora_core import Dataset, TextEncoder, TrainConfig, train
+from qlora_core.errors import ResumePointError
+from qlora_core.nn import LoraConfig
+from qlora_core.train import (
+    Event,
+    Notice,
+    ResumePointSaved,
+    RunFinished,
+    RunStarted,
+    SamplesGenerated,
+    StepMetrics,
+    TrainResult,
+    ValidationMetrics,
+)
+
+# 12 examples in batches of 4: epochs end after steps 3 and 6.
+TOTAL_STEPS = 6
+
+
+@pytest.fixture
+def run(
+    load: Callable[[], PreTrainedModel],
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+) -> Callable[..., tuple[TrainResult, list[Event]]]:
+    """Train in a folder, on a model of its own; ``stop_after`` steps if given."""
+
+    def go(
+        folder: Path,
+        *,
+        stop_after: int | None = None,
+        settings: TrainConfig | None = None,
+        **options: Any,
+    ) -> tuple[TrainResult, list[Event]]:
+        events: list[Event] = []
+        done = lambda: sum(isinstance(e, StepMetrics) for e in events)  # noqa: E731
+        if stop_after is not None:
+            options["should_stop"] = lambda: done() >= stop_after
+        result = train(
+            load(), encoder, make_dataset(12),
+            settings or config(lora=LoraConfig(r=4, dropout=0.2), weight_decay=0.1, lr_scheduler_type="cosine"),
+            events.append, output_dir=folder, validation=make_dataset(5), **options,
+        )  # fmt: skip
+        return result, events
+
+    return go
+
+
+Run = Callable[..., tuple[TrainResult, list[Event]]]
+
+
+def _figures(events: list[Event]) -> list[Event]:
+    """What must be equal in both runs: everything measured but time and memory."""
+    return [
+        replace(event, tokens_per_s=0, step_time_s=0, memory={}) if isinstance(event, StepMetrics) else event
+        for event in events
+        if isinstance(event, StepMetrics | ValidationMetrics | RunFinished)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    stop_after: int, run: Run, tmp_path: Path
+) -> None:
+    unbroken, whole = run(tmp_path / "whole")
+    stopped, before = run(tmp_path / "broken", stop_after=stop_after)
+    torch.manual_seed(123)  # the process that resumes has random states of its own
+
+    resumed, after = run(tmp_path / "broken", resume_from=tmp_path / "broken/resume")
+
+    assert stopped.stopped
+    assert stopped.adapter is None
+    assert isinstance(before[-1], ResumePointSaved)
+    started = after[0]
+    assert isinstance(started, RunStarted)
+    assert (started.start_step, started.total_steps) == (stop_after, TOTAL_STEPS)
+    assert _figures(before) + _figures(after) == _figures(whole)
+    assert replace(resumed, adapter=None) == replace(unbroken, adapter=None)
+    name = "adapter/adapter_model.safetensors"
+    expected, actual = load_file(tmp_path / "whole" / name), load_file(tmp_path / "broken" / name)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_a_run_that_is_stopped_again_and_again_still_ends_the_same(
+    run: Run, tmp_path: Path
+) -> None:
+    unbroken, _ = run(tmp_path / "whole")
+
+    results = [
+        run(tmp_path / "broken", stop_after=stop_after, resume_from=tmp_path / "broken/resume")[0]
+        for stop_after in (0, 1, 1, 2, None)
+    ]
+
+    assert [result.stopped for result in results] == [True, True, True, True, False]
+    assert replace(results[-1], adapter=None) == replace(unbroken, adapter=None)
+
+
+def test_going_on_after_the_last_step_only_writes_what_is_missing(run: Run, tmp_path: Path) -> None:
+    first, _ = run(tmp_path)
+
+    again, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert [type(event) for event in events] == [RunStarted, RunFinished]
+    assert again == first
+
+
+def test_the_base_answers_the_samples_only_once(run: Run, tmp_path: Path) -> None:
+    prompts = [[{"role": "user", "content": "Question 7?"}]]
+    _, before = run(tmp_path, stop_after=1, sample_prompts=prompts)
+
+    _, after = run(tmp_path, resume_from=tmp_path / "resume", sample_prompts=prompts)
+
+    stages = [event.stage for event in before + after if isinstance(event, SamplesGenerated)]
+    assert stages == ["base", "adapter"]
+
+
+def test_the_last_two_points_are_kept(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, stop_after=5)
+
+    names = sorted(path.name for path in (tmp_path / "resume").iterdir())
+
+    assert names == ["step-3", "step-5"]
+
+
+TEARS: dict[str, Callable[[Path], object]] = {
+    "half a file": lambda p: (p / "optimizer.safetensors").write_bytes((p / "optimizer.safetensors").read_bytes()[:-9]),
+    "one bit": lambda p: _flip_a_bit(p / "adapter.safetensors"),
+    "state changed": lambda p: (p / "state.json").write_text((p / "state.json").read_text().replace('"epoch": 1', '"epoch": 0')),
+    "a file gone": lambda p: (p / "random.safetensors").unlink(),
+    "no manifest": lambda p: (p / "manifest.json").unlink(),
+    "manifest cut": lambda p: (p / "manifest.json").write_text('{"state.json": '),
+    "manifest of another kind": lambda p: (p / "manifest.json").write_text("[]"),
+}  # fmt: skip
+
+
+def _flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_a_torn_point_is_refused_by_name_and_the_one_before_is_taken(
+    tear: str, run: Run, tmp_path: Path
+) -> None:
+    run(tmp_path, stop_after=4)
+    TEARS[tear](tmp_path / "resume/step-4")
+
+    result, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert isinstance(events[0], Notice)
+    assert events[0].level == "warn"
+    assert events[0].message.startswith("The resume point step-4 is torn")
+    assert isinstance(events[1], RunStarted)
+    assert events[1].start_step == 3
+    assert result.steps == TOTAL_STEPS
+
+
+def test_without_a_whole_point_the_run_begins_anew_and_says_so(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, stop_after=1)
+    (tmp_path / "resume/step-1/manifest.json").unlink()
+
+    _, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    notices = [event.message for event in events if isinstance(event, Notice)]
+    assert len(notices) == 2
+    assert "starting anew" in notices[1]
+    started = next(event for event in events if isinstance(event, RunStarted))
+    assert started.start_step == 0
+
+
+def test_a_folder_that_is_half_written_is_not_a_point(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, stop_after=3)
+    unfinished = tmp_path / "resume/.step-5.unfinished"
+    unfinished.mkdir()
+    (unfinished / "state.json").write_text("{")
+
+    _, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert isinstance(events[0], RunStarted)
+    assert events[0].start_step == 3
+
+
+@pytest.mark.parametrize(
+    "changed", [{"learning_rate": 1e-3}, {"seed": 7}, {"lora": LoraConfig(r=2)}], ids=str
+)
+def test_a_point_of_another_run_is_refused(
+    changed: dict[str, Any], run: Run, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run(tmp_path, stop_after=1, settings=config())
+
+    with pytest.raises(ResumePointError, match="belongs to another run: its config"):
+        run(tmp_path, settings=config(**changed), resume_from=tmp_path / "resume")
+
+
+def test_memory_settings_may_differ(
+    run: Run, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    run(tmp_path, stop_after=1, settings=config())
+
+    result, _ = run(
+        tmp_path,
+        settings=config(micro_batch_tokens=64, gradient_checkpointing=True),
+        resume_from=tmp_path / "resume",
+    )
+
+    assert result.steps == TOTAL_STEPS
+
+
+KILLED = """
+import importlib.util, os, sys
+from pathlib import Path
+
+# By its path: importing the package would load torch, which takes seconds.
+spec = importlib.util.spec_from_file_location("folders", "qlora_core/train/folders.py")
+folders = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(folders)
+written_whole = folders.written_whole
+
+target = Path(sys.argv[1])
+with written_whole(target) as folder:
+    (folder / "data").write_text("new")
+    if sys.argv[2] == "inside":
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_folder_is_whole_or_not_there_whenever_the_writer_dies(
+    existing: bool, tmp_path: Path
+) -> None:
+    target = tmp_path / "step-1"
+    if existing:
+        target.mkdir()
+        (target / "data").write_text("old")
+    write = [sys.executable, "-c", KILLED, str(target)]
+
+    subprocess.run([*write, "inside"], cwd=Path(__file__).parents[3], timeout=60)
+    after_kill = (target / "data").read_text() if target.exists() else None
+    subprocess.run([*write, "never"], cwd=Path(__file__).parents[3], timeout=60, check=True)
+
+    assert after_kill == ("old" if existing else None)
+    assert (target / "data").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_the_state_is_readable_by_people(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, stop_after=4)
+
+    state = json.loads((tmp_path / "resume/step-4/state.json").read_text(encoding="utf-8"))
+
+    assert (state["progress"]["step"], state["progress"]["epoch"], state["progress"]["window"]) == (
+        4,
+        1,
+        1,
+    )
+    assert state["identity"]["n_examples"] == 12
