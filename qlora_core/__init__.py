@@ -114,9 +114,9 @@ def __getattr__(name: str) -> object:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(home), name)
-    globals()[name] = value
-    return value
+    module = import_module(home)
+    # Importing `qlora_core.train` has bound its name already: that package can be called itself.
+    return globals().setdefault(name, getattr(module, name))
 
 
 def __dir__() -> list[str]:

@@ -82,6 +82,7 @@ class NF4Linear(nn.Module):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    bias: nn.Parameter | None
 
     def __init__(
         self, weight: NF4Weight, bias: Tensor | None = None, *, compute_dtype: torch.dtype

@@ -1,0 +1,355 @@
+"""Every folder that cannot be loaded is refused with its code and a sentence that says why."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_core import ModelError, load_model
+from tests.tiny_models import save_tiny_llama
+
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return save_tiny_llama(tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return save_tiny_llama(tmp_path / "model", shard_bytes=60_000)
+
+
+def refusal(folder: Path, **settings: Any) -> ModelError:
+    with pytest.raises(ModelError) as told:
+        load_model(folder, device="cpu", compute_dtype=torch.float32, **settings)
+    assert "\n" not in told.value.message
+    return told.value
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    error = refusal(tmp_path / "nowhere")
+
+    assert error.code == "model_not_found"
+    assert "nowhere" in error.message
+
+
+def test_a_folder_without_a_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+    error = refusal(folder)
+
+    assert error.code == "model_not_found"
+    assert "no config.json" in error.message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff", '{"model_type": 3}', "{}"], ids=repr)
+def test_a_config_that_cannot_be_read(folder: Path, text: str) -> None:
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+
+    error = refusal(folder)
+
+    assert error.code == "model_unsupported"
+    assert "config.json" in error.message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": "no_such_model"},
+        {"model_type": "t5"},
+        {"num_attention_heads": 0},
+        {"hidden_size": -64},
+        {"hidden_size": "wide"},
+    ],
+    ids=str,
+)
+def test_a_config_that_no_causal_language_model_has(folder: Path, changes: dict[str, Any]) -> None:
+    edit_json(folder / "config.json", **changes)
+
+    assert refusal(folder).code == "model_unsupported"
+
+
+def test_code_in_the_folder_is_never_run(folder: Path, tmp_path: Path) -> None:
+    proof = tmp_path / "it ran"
+    (folder / "evil.py").write_text(f"from pathlib import Path; Path({str(proof)!r}).touch()")
+    edit_json(
+        folder / "config.json",
+        model_type="evil",
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"},
+    )
+
+    error = refusal(folder)
+
+    assert error.code == "model_unsupported"
+    assert not proof.exists()
+
+
+def test_a_checkpoint_that_is_quantized_already(folder: Path) -> None:
+    edit_json(
+        folder / "config.json",
+        quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True},
+    )
+
+    error = refusal(folder)
+
+    assert error.code == "model_unsupported"
+    assert "quantized already" in error.message
+
+
+def test_a_folder_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_missing"
+    assert "model.safetensors" in error.message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_weights_that_are_only_there_as_pickle_are_never_opened(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    proof = tmp_path / "it ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (proof,))
+
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(pickle.dumps(Evil()))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_pickle"
+    assert name in error.message
+    assert not proof.exists()
+
+
+def test_a_pickle_beside_safetensors_is_not_looked_at(folder: Path) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+
+    load_model(folder, device="cpu", compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, 0.5, 0.999], ids=str)
+def test_a_truncated_file(folder: Path, keep: float) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert "model.safetensors is truncated" in error.message
+
+
+def test_a_truncated_shard_is_named(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_invalid"
+    assert shard.name in error.message
+
+
+def test_a_file_with_more_than_its_header_says(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"more")
+
+    assert refusal(folder).code == "model_weights_invalid"
+
+
+def test_a_shard_that_is_not_there(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[1]
+    shard.unlink()
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_missing"
+    assert shard.name in error.message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}'])
+def test_an_index_that_cannot_be_read(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_invalid"
+    assert "model.safetensors.index.json" in error.message
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "", "a/b", 3])
+def test_an_index_that_leads_out_of_the_folder(sharded: Path, name: Any) -> None:
+    edit_json(sharded / "model.safetensors.index.json", weight_map={WEIGHT: name})
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_invalid"
+    assert "no plain name" in error.message
+
+
+def test_an_index_that_names_a_pickle_file(sharded: Path) -> None:
+    edit_json(sharded / "model.safetensors.index.json", weight_map={WEIGHT: "weights.bin"})
+
+    assert refusal(sharded).code == "model_weights_pickle"
+
+
+def test_an_index_that_disagrees_with_its_shards(sharded: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    other = next(shard for shard in weight_map.values() if shard != weight_map[WEIGHT])
+    edit_json(path, weight_map={**weight_map, WEIGHT: other})
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_invalid"
+    assert WEIGHT in error.message
+
+
+def test_a_tensor_in_two_shards(sharded: Path) -> None:
+    first, second = sorted(sharded.glob("*.safetensors"))[:2]
+    save_file({**load_file(second), **load_file(first)}, second)
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_invalid"
+    assert "in two files" in error.message
+
+
+@pytest.mark.parametrize("name", [WEIGHT, "model.norm.weight", "lm_head.weight"])
+def test_a_tensor_that_is_not_there(folder: Path, name: str) -> None:
+    edit_weights(folder, lambda tensors: tensors.__delitem__(name))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_missing"
+    assert f"lacks 1 tensors that the model needs ({name})" in error.message
+
+
+def test_a_tensor_that_the_model_has_no_place_for(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update(extra=torch.ones(3)))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert "(extra)" in error.message
+
+
+@pytest.mark.parametrize("name", [WEIGHT, "model.norm.weight", "model.embed_tokens.weight"])
+def test_a_tensor_of_another_shape(folder: Path, name: str) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(5, 7)}))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert f"{name} is [5, 7] in the checkpoint" in error.message
+
+
+def test_a_transposed_tensor_is_not_taken_for_the_right_one(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].T.contiguous()}))
+
+    assert refusal(folder).code == "model_weights_invalid"
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_tensor_that_is_not_finite(folder: Path, bad: float) -> None:
+    edit_weights(folder, lambda tensors: tensors[WEIGHT][3].fill_(bad))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert f"{WEIGHT} holds NaN or infinity" in error.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_tensor_of_a_dtype_that_is_no_weights(folder: Path, dtype: torch.dtype) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({WEIGHT: tensors[WEIGHT].to(dtype)}))
+
+    error = refusal(folder)
+
+    assert error.code == "model_unsupported"
+    assert f"{WEIGHT} is {dtype}" in error.message
+
+
+def test_a_generation_config_that_cannot_be_read(folder: Path) -> None:
+    (folder / "generation_config.json").write_text("{")
+
+    error = refusal(folder)
+
+    assert error.code == "model_unsupported"
+    assert "generation_config.json" in error.message
+
+
+def small(model_type: str, **sizes: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "vocab_size": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **sizes,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (
+            small(
+                "mixtral",
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                num_local_experts=2,
+            ),
+            "several experts in one tensor",
+        ),
+        (small("gpt2", n_embd=32, n_layer=1, n_head=2, n_positions=32), r"c_attn .* (Conv1D)"),
+    ],
+    ids=["fused experts", "Conv1D"],
+)
+def test_weights_that_would_silently_stay_dense(
+    tmp_path: Path, config: dict[str, Any], named: str
+) -> None:
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).save_pretrained(tmp_path)
+
+    error = refusal(tmp_path)
+
+    assert error.code == "model_unsupported"
+    assert all(part in error.message for part in named.split(" .* "))
+    load_model(tmp_path, device="cpu", compute_dtype=torch.float32, quantize=False)
+
+
+def test_a_model_that_reads_a_weight_past_its_layer_is_refused_in_a_sentence(
+    tmp_path: Path,
+) -> None:
+    config = AutoConfig.for_model(
+        **small("mamba", hidden_size=32, num_hidden_layers=1, state_size=4)
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_model(tmp_path, device="cpu", compute_dtype=torch.float32)
+
+    with pytest.raises(ModelError, match="reads the weight of a linear layer directly"):
+        model(torch.ones(1, 4, dtype=torch.long))
