@@ -34,7 +34,9 @@ def create_app(settings: Settings) -> FastAPI:
         RedisUrlMissing: no broker is configured.
         CatalogError: models.toml is missing or wrong.
         StorageUrlInvalid: the storage URL cannot be used.
+        OSError: the data folder cannot be made.
     """
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
     engine = db.connect(settings)
     state = State(
         settings=settings,

@@ -106,19 +106,9 @@ def test_the_process_logs_json_lines_without_keys_and_ends_on_sigterm(
     assert request["status"] == 404
 
 
-@pytest.mark.parametrize(
-    ("environment", "told"),
-    [
-        ({}, "nibble api: NIBBLE_DATABASE_URL is not set"),
-        (
-            {"NIBBLE_PORT": "ten", "NIBBLE_DATABASE_URL": "postgresql://me:hunter2@x/y"},
-            "nibble api: NIBBLE_PORT: ",
-        ),
-    ],
-)
-def test_a_wrong_setting_ends_the_start_with_one_line(
-    tmp_path: Path, environment: dict[str, str], told: str
-) -> None:
+def test_a_wrong_setting_ends_the_start_with_one_line(tmp_path: Path) -> None:
+    environment = {"NIBBLE_PORT": "ten", "NIBBLE_DATABASE_URL": "postgresql://me:hunter2@x/y"}
+
     done = subprocess.run(
         [sys.executable, "-m", "api"],
         env={"HOME": str(tmp_path), "PYTHONPATH": str(Path.cwd()), **environment},
@@ -129,7 +119,7 @@ def test_a_wrong_setting_ends_the_start_with_one_line(
     )
 
     assert done.returncode == 1
-    assert done.stderr.startswith(told)
+    assert done.stderr.startswith("nibble api: NIBBLE_PORT: ")
     assert done.stderr.count("\n") == 1
     assert "hunter2" not in done.stderr
 
