@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from api.deps import CallerDep, SessionDep, State, StateDep
 from api.errors import errors
@@ -26,6 +26,8 @@ _MAX_SEQ = 2**63 - 1
 
 class EventOut(BaseModel):
     """A line of a job's story."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"

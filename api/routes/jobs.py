@@ -4,7 +4,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from api.deps import CallerDep, CatalogDep, DoorbellDep, SessionDep, SettingsDep
 from api.errors import errors
@@ -35,6 +35,8 @@ class JobErrorOut(BaseModel):
 
 class JobOut(BaseModel):
     """A fine-tuning job, OpenAI's fields first, ours after them."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"

@@ -105,7 +105,7 @@ OPTIMIZERS = ("adamw",)
 class Hyperparameters(BaseModel):
     """What to train with; absent, null and "auto" let the service choose."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     n_epochs: Annotated[
         int | Auto | None,
@@ -148,6 +148,7 @@ class Hyperparameters(BaseModel):
         BeforeValidator(_number(0, 0.9)),
         _schema("number", minimum=0, maximum=0.9),
     ] = None
+    """Of the adapter's input, while training."""
     lora_target_modules: Annotated[
         list[str] | Literal["auto", "all-linear"] | None,
         BeforeValidator(_modules),
@@ -167,9 +168,11 @@ class Hyperparameters(BaseModel):
         BeforeValidator(_number(0, 1)),
         _schema("number", minimum=0, maximum=1),
     ] = None
+    """The part of all steps in which the learning rate rises from nothing to its peak."""
     lr_scheduler_type: Annotated[
         str | None, BeforeValidator(_choice(*SCHEDULERS)), _words(*SCHEDULERS)
     ] = None
+    """How the learning rate falls after that."""
     weight_decay: Annotated[
         float | Auto | None,
         BeforeValidator(_number(0, 1)),
@@ -180,6 +183,7 @@ class Hyperparameters(BaseModel):
         BeforeValidator(_number(0, 1000, above=True)),
         _schema("number", exclusiveMinimum=0, maximum=1000),
     ] = None
+    """Gradients longer than this are scaled down to it."""
     context_length: Annotated[
         int | Auto | None,
         BeforeValidator(_whole(16, 1_048_576)),

@@ -164,7 +164,7 @@ FileId = Annotated[StrictStr, StringConstraints(min_length=1, max_length=200)]
 class CreateJob(BaseModel):
     """A fine-tuning job to create."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     model: Annotated[StrictStr, StringConstraints(min_length=1, max_length=500)]
     """The id of a base model, as `GET /v1/models` lists it."""

@@ -6,10 +6,14 @@ from typing import Any
 import httpx2
 import openai
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from operations.embedded.valkey import Valkey
+from service.jobs.spec import CreateJob
 from tests.api.conftest import CHAT_LINE
 from tests.hand_worker import HandWorker
 
@@ -185,71 +189,69 @@ def test_explicit_nulls_are_as_good_as_nothing(http: httpx2.Client, training_fil
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize(
-    ("fields", "param", "message"),
-    [
-        ({"lora_rank": 8}, "lora_rank", "Unknown parameter: 'lora_rank'."),
-        ({"hyperparameters": {"epochs": 1}}, "hyperparameters.epochs", "Unknown parameter"),
-        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "from 1 to 50; got 0"),
-        ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs", "from 1 to 50"),
-        ({"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "got '3'"),
-        ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "got True"),
-        ({"hyperparameters": {"batch_size": 257}}, "hyperparameters.batch_size", "from 1 to 256"),
-        (
-            {"hyperparameters": {"learning_rate_multiplier": 0}},
-            "hyperparameters.learning_rate_multiplier",
-            "a number above 0",
-        ),
-        ({"hyperparameters": {"lora_dropout": 1}}, "hyperparameters.lora_dropout", "0 to 0.9"),
-        (
-            {"hyperparameters": {"lora_target_modules": []}},
-            "hyperparameters.lora_target_modules",
-            "all-linear",
-        ),
-        (
-            {"hyperparameters": {"optimizer": "sgd"}},
-            "hyperparameters.optimizer",
-            '"auto" or "adamw"',
-        ),
-        (
-            {"hyperparameters": {"context_length": 10, "max_seq_length": 20}},
-            "hyperparameters",
-            "given twice",
-        ),
-        ({"seed": -1}, "seed", "from 0 to 2147483647"),
-        ({"seed": 2**31}, "seed", "from 0 to 2147483647"),
-        ({"suffix": "a:b"}, "suffix", "letters, digits"),
-        ({"suffix": ""}, "suffix", "1 to 64"),
-        ({"suffix": "x" * 65}, "suffix", "1 to 64"),
-        ({"metadata": {"k" * 65: "v"}}, "metadata", "64 are allowed"),
-        ({"metadata": {"k": "v" * 513}}, "metadata", "512"),
-        ({"metadata": {str(i): "v" for i in range(17)}}, "metadata", "16 pairs"),
-        ({"metadata": {"k": 1}}, "metadata", "strings"),
-        ({"sample_prompts": ["hi"] * 9}, "sample_prompts", "at most 8"),
-        ({"sample_prompts": [""]}, "sample_prompts", "1 to 16000 characters"),
-        ({"sample_prompts": [[{"role": "user"}]]}, "sample_prompts[0][0].content", "Missing"),
-        ({"method": {"type": "magic"}}, "method.type", "'supervised', 'dpo' or 'reinforcement'"),
-        ({"method": {}}, "method.type", "Missing required parameter: 'method.type'."),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_what_is_out_of_bounds_is_refused_by_name(
-    http: httpx2.Client, training_file: str, fields: dict[str, Any], param: str, message: str
-) -> None:
-    error = refused(http, training_file, **fields)
-
-    assert error["param"] == param
-    assert message in error["message"]
+REFUSED: list[tuple[dict[str, Any], str, str]] = [
+    ({"lora_rank": 8}, "lora_rank", "Unknown parameter: 'lora_rank'."),
+    ({"hyperparameters": {"epochs": 1}}, "hyperparameters.epochs", "Unknown parameter"),
+    ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "from 1 to 50; got 0"),
+    ({"hyperparameters": {"n_epochs": 51}}, "hyperparameters.n_epochs", "from 1 to 50"),
+    ({"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "got '3'"),
+    ({"hyperparameters": {"n_epochs": True}}, "hyperparameters.n_epochs", "got True"),
+    ({"hyperparameters": {"batch_size": 257}}, "hyperparameters.batch_size", "from 1 to 256"),
+    (
+        {"hyperparameters": {"learning_rate_multiplier": 0}},
+        "hyperparameters.learning_rate_multiplier",
+        "a number above 0",
+    ),
+    ({"hyperparameters": {"lora_dropout": 1}}, "hyperparameters.lora_dropout", "0 to 0.9"),
+    (
+        {"hyperparameters": {"lora_target_modules": []}},
+        "hyperparameters.lora_target_modules",
+        "all-linear",
+    ),
+    (
+        {"hyperparameters": {"optimizer": "sgd"}},
+        "hyperparameters.optimizer",
+        '"auto" or "adamw"',
+    ),
+    (
+        {"hyperparameters": {"context_length": 10, "max_seq_length": 20}},
+        "hyperparameters",
+        "given twice",
+    ),
+    ({"seed": -1}, "seed", "from 0 to 2147483647"),
+    ({"seed": 2**31}, "seed", "from 0 to 2147483647"),
+    ({"suffix": "a:b"}, "suffix", "letters, digits"),
+    ({"suffix": ""}, "suffix", "1 to 64"),
+    ({"suffix": "x" * 65}, "suffix", "1 to 64"),
+    ({"metadata": {"k" * 65: "v"}}, "metadata", "64 are allowed"),
+    ({"metadata": {"k": "v" * 513}}, "metadata", "512"),
+    ({"metadata": {str(i): "v" for i in range(17)}}, "metadata", "16 pairs"),
+    ({"metadata": {"k": 1}}, "metadata", "strings"),
+    ({"sample_prompts": ["hi"] * 9}, "sample_prompts", "at most 8"),
+    ({"sample_prompts": [""]}, "sample_prompts", "1 to 16000 characters"),
+    ({"sample_prompts": [[{"role": "user"}]]}, "sample_prompts[0][0].content", "Missing"),
+    ({"method": {"type": "magic"}}, "method.type", "'supervised', 'dpo' or 'reinforcement'"),
+    ({"method": {}}, "method.type", "Missing required parameter: 'method.type'."),
+]
+"""What is sent, which field the answer names, and a part of what it says."""
 
 
-@pytest.mark.parametrize("kind", ["dpo", "reinforcement"])
+def test_what_is_out_of_bounds_is_refused_by_name(http: httpx2.Client, training_file: str) -> None:
+    for fields, param, message in REFUSED:
+        error = refused(http, training_file, **fields)
+
+        assert error["param"] == param, fields
+        assert message in error["message"], fields
+
+
 def test_methods_that_are_not_there_yet_are_refused_in_a_sentence(
-    http: httpx2.Client, training_file: str, kind: str
+    http: httpx2.Client, training_file: str
 ) -> None:
-    error = refused(http, training_file, method={"type": kind})
+    for kind in ("dpo", "reinforcement"):
+        error = refused(http, training_file, method={"type": kind})
 
-    assert (error["code"], error["param"]) == ("unsupported_method", "method.type")
-    assert kind in error["message"]
+        assert (error["code"], error["param"]) == ("unsupported_method", "method.type")
+        assert kind in error["message"]
 
 
 def test_an_integration_is_refused_rather_than_ignored(
@@ -271,26 +273,25 @@ def test_an_unknown_model_is_refused_in_openais_words(
     assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
-@pytest.mark.parametrize("param", ["training_file", "validation_file"])
 def test_files_that_cannot_be_used_are_refused(
     client: OpenAI,
     http: httpx2.Client,
     training_file: str,
     other_team: OpenAI,
-    param: str,
 ) -> None:
     deleted = client.files.create(file=("d.jsonl", CHAT_LINE), purpose="fine-tune").id
     client.files.delete(deleted)
     theirs = other_team.files.create(file=("t.jsonl", CHAT_LINE), purpose="fine-tune").id
     picture = client.files.create(file=("p.txt", b"x"), purpose="user_data").id
 
-    for unusable in ("file-none", deleted, theirs):
-        error = refused(http, training_file, **{param: unusable})
-        assert error["message"] == f"No such File object: {unusable}"
-        assert (error["param"], error["code"]) == (param, "invalid_file_id")
-    error = refused(http, training_file, **{param: picture})
-    assert "purpose 'user_data'" in error["message"]
-    assert error["param"] == param
+    for param in ("training_file", "validation_file"):
+        for unusable in ("file-none", deleted, theirs):
+            error = refused(http, training_file, **{param: unusable})
+            assert error["message"] == f"No such File object: {unusable}"
+            assert (error["param"], error["code"]) == (param, "invalid_file_id")
+        error = refused(http, training_file, **{param: picture})
+        assert "purpose 'user_data'" in error["message"]
+        assert error["param"] == param
 
 
 def test_a_bad_files_content_is_no_reason_to_refuse_the_job(client: OpenAI) -> None:
@@ -366,13 +367,13 @@ def test_another_projects_jobs_do_not_exist(
             call(mine)
 
 
-@pytest.mark.parametrize("job_id", ["ftjob-none", "x" * 300, "é%2F", "'; --"])
-def test_an_unknown_job_is_a_404(http: httpx2.Client, job_id: str) -> None:
-    for path in ("", "/events", "/checkpoints", "/adapter", "/stream"):
-        answer = http.get(f"{JOBS}/{job_id}{path}")
+def test_an_unknown_job_is_a_404(http: httpx2.Client) -> None:
+    for job_id in ("ftjob-none", "x" * 300, "é%2F", "'; --"):
+        for path in ("", "/events", "/checkpoints", "/adapter", "/stream"):
+            answer = http.get(f"{JOBS}/{job_id}{path}")
 
-        assert answer.status_code == 404, (path, answer.text)
-        assert answer.json()["error"]["message"]
+            assert answer.status_code == 404, (job_id, path, answer.text)
+            assert answer.json()["error"]["message"]
 
 
 def test_a_job_nobody_works_on_is_cancelled_at_once(strict: OpenAI, training_file: str) -> None:
@@ -409,17 +410,17 @@ def test_of_a_job_at_work_the_wish_is_noted_until_the_worker_has_stopped(
     assert told.count("Cancelling: waiting for the worker to stop") == 1
 
 
-@pytest.mark.parametrize("end", ["succeed", "fail", "cancelled"])
 def test_a_job_that_has_ended_cannot_be_cancelled(
-    client: OpenAI, training_file: str, worker: HandWorker, end: str
+    client: OpenAI, training_file: str, worker: HandWorker
 ) -> None:
-    job_id = create(client, training_file).id
-    getattr(worker, end)(worker.start())
+    for end in (worker.succeed, worker.fail, worker.cancelled):
+        job_id = create(client, training_file).id
+        end(worker.start())
 
-    with pytest.raises(openai.BadRequestError, match="has already") as refusal:
-        client.fine_tuning.jobs.cancel(job_id)
+        with pytest.raises(openai.BadRequestError, match="has already") as refusal:
+            client.fine_tuning.jobs.cancel(job_id)
 
-    assert refusal.value.code == "job_already_ended"
+        assert refusal.value.code == "job_already_ended"
 
 
 def test_a_created_job_wakes_a_worker_for_validation(
@@ -429,3 +430,40 @@ def test_a_created_job_wakes_a_worker_for_validation(
 
     with valkey_server.client() as broker:
         assert broker.llen("nibble:validate") == 1
+
+
+odd = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.sampled_from(["", "auto", "supervised", "tiny-llama", "null", "\u2028", "x" * 600]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "supervised", "hyperparameters", "n_epochs", "role", "a"]),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=6,
+)
+FIELDS = ("model", "training_file", *CreateJob.model_fields, "hyperparameter")
+
+
+@settings_of_hypothesis(
+    max_examples=80,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(fields=st.dictionaries(st.sampled_from(FIELDS), odd, max_size=4))
+def test_no_body_is_answered_with_anything_but_a_job_or_a_reason(
+    http: httpx2.Client, training_file: str, fields: dict[str, Any]
+) -> None:
+    body = {"model": "tiny-llama", "training_file": training_file} | fields
+
+    answer = http.post(JOBS, json=body)
+
+    assert answer.status_code in {200, 400}, answer.text
+    if answer.status_code == 400:
+        assert answer.json()["error"]["message"]
