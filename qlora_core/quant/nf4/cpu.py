@@ -63,11 +63,11 @@ def dequantize_nf4_into(packed: Tensor, absmax: Tensor, out: Tensor, *, block_si
     whole = n // block_size * block_size
     chunk = min(_CHUNK_BYTES, whole // 2)
     index = torch.empty(chunk, dtype=torch.int32)
-    scratch = torch.empty(chunk, dtype=torch.int64)
     # An 8-byte view of `out` needs its first element on an 8-byte boundary.
     direct = (
         out.dtype == torch.float32 and out.data_ptr() % 8 == 0 and out.storage_offset() % 2 == 0
     )
+    scratch = torch.empty(0 if direct else chunk, dtype=torch.int64)
 
     for start in range(0, whole // 2, _CHUNK_BYTES):
         stop = min(start + _CHUNK_BYTES, whole // 2)
