@@ -7,7 +7,7 @@ restarted or emptied touches no attempt, and a warm shutdown never waits for hou
 import warnings
 
 from celery import Celery
-from celery.platforms import SecurityWarning
+from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
 
 from service.queue.broker import KINDS, Kind, make_app, task_name

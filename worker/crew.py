@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import replace
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -25,7 +25,6 @@ from worker import gpu
 from worker.context import WorkerContext
 from worker.gpu import Gpu
 from worker.locks import Incarnations, Lock
-from worker.probe import why_unusable
 from worker.slot import Place, Slot
 
 log = get_logger(__name__)
@@ -62,7 +61,7 @@ class Crew:
         self._identity: Lock = self._incarnations.take(self.context.worker_id)
         self._give_up = threading.Event()
         self._stopping = threading.Event()
-        self.slots, self._shown = self._plan()
+        self.slots = self._make_slots()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -73,9 +72,7 @@ class Crew:
         log.info(
             "worker_started",
             worker_id=self.context.worker_id,
-            train_slots=self._shown.train,
-            validate_slots=self._shown.validate,
-            problem=self._shown.problem,
+            slots=[f"{slot.kind} on {slot.place.device}" for slot in self.slots],
         )
 
     def ring(self, kind: Kind) -> None:
@@ -98,7 +95,8 @@ class Crew:
             slot.join(max(0.0, deadline - time.monotonic()))
         self._give_up.set()
         ended = _all_end(self.slots)
-        self._heart.join(timeout=_LAST_WORDS_S)
+        if self._heart.is_alive():
+            self._heart.join(timeout=_LAST_WORDS_S)
         try:
             with self.context.transaction() as session:
                 sign_out(session, self.context.worker_id)
@@ -111,26 +109,32 @@ class Crew:
         self._lease_engine.dispose()
         log.info("worker_stopped", worker_id=self.context.worker_id)
 
-    def _plan(self) -> tuple[list[Slot], WorkerSlots]:
+    def _make_slots(self) -> list[Slot]:
         """Decide on the slots: one per GPU, or on the CPU where there is none; and those that validate."""
-        settings = self._settings
-        gpus = gpu.discover()
-        problem = why_unusable() if gpus and settings.train_slots != 0 else None
-        places = train_places(gpus, settings.train_slots, usable=problem is None)
-        if problem is not None:
-            log.error("gpu_unusable", reason=problem)
-        validating = [Place("validate", n) for n in range(settings.validate_slots)]
-        slots = [
+        training = train_places(gpu.discover(), self._settings.train_slots)
+        validating = [Place("validate", n) for n in range(self._settings.validate_slots)]
+        return [
             Slot(self.context, place, identity=self._identity, give_up=self._give_up)
-            for place in [*places, *validating]
+            for place in [*training, *validating]
         ]
-        devices = [
+
+    def _shown(self) -> WorkerSlots:
+        """What others are told of the slots; one whose GPU does not work is none."""
+        working = [slot.place for slot in self.slots if slot.problem is None]
+        training = [place for place in working if place.kind == "train"]
+        devices: list[dict[str, Any]] = [
             {"name": "cpu", "memory_bytes": None}
             if place.gpu is None
             else {"name": place.gpu.name, "memory_bytes": place.gpu.memory_bytes}
-            for place in places
+            for place in training
         ]
-        return slots, WorkerSlots(len(places), len(validating), devices, problem)
+        problems = [slot.problem for slot in self.slots if slot.problem is not None]
+        return WorkerSlots(
+            train=len(training),
+            validate=len(working) - len(training),
+            devices=devices,
+            problem=problems[0] if problems else None,
+        )
 
     def _beat(self) -> None:
         """Sign in, again and again; and look whether workers of this host have died meanwhile."""
@@ -143,7 +147,7 @@ class Crew:
                         worker_id=self.context.worker_id,
                         host=self.context.host,
                         pid=os.getpid(),
-                        slots=replace(self._shown),
+                        slots=self._shown(),
                     )
             except SQLAlchemyError as error:
                 log.warning("heartbeat_failed", reason=str(error)[:200])
@@ -177,17 +181,14 @@ def _all_end(slots: list[Slot]) -> bool:
     return not left
 
 
-def train_places(gpus: list[Gpu], wanted: int | None, *, usable: bool) -> list[Place]:
+def train_places(gpus: list[Gpu], wanted: int | None) -> list[Place]:
     """Return the training slots: one per GPU, or one on the CPU where there is none.
 
     Args:
         gpus: what the machine has.
         wanted: the setting; on GPUs never more than there are, on the CPU as many as asked.
-        usable: whether a kernel runs on the GPUs; if not, there is no training here at all.
     """
     if not gpus:
         return [Place("train", n) for n in range(1 if wanted is None else wanted)]
-    if not usable:
-        return []
     count = len(gpus) if wanted is None else min(wanted, len(gpus))
     return [Place("train", n, gpus[n]) for n in range(count)]

@@ -17,7 +17,8 @@ from worker.context import WorkerContext
 from worker.gpu import Gpu
 from worker.lease import boottime
 from worker.locks import Lock, gpu_lock_path, try_lock
-from worker.spawn import Child
+from worker.probe import why_unusable
+from worker.spawn import Child, child_environment
 from worker.supervisor import Supervisor
 
 log = get_logger(__name__)
@@ -57,6 +58,7 @@ class Slot:
         self._give_up = give_up
         self._gpu_lock: Lock | None = None
         self._spare: Child | None = None
+        self._problem: str | None = None
         self._rung = threading.Event()
         self._stopping = threading.Event()
         self._thread = threading.Thread(
@@ -67,6 +69,16 @@ class Slot:
     def kind(self) -> Kind:
         """Which kind of work it takes."""
         return self._place.kind
+
+    @property
+    def place(self) -> Place:
+        """What it is for, and on what."""
+        return self._place
+
+    @property
+    def problem(self) -> str | None:
+        """Why it takes no work, in a sentence that says what to do; None: it does."""
+        return self._problem
 
     def start(self) -> None:
         """Begin to look for work."""
@@ -83,12 +95,13 @@ class Slot:
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the end; False: it has not come in time."""
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():  # one that was never started has ended, too
+            self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def _run(self) -> None:
         try:
-            if self._hold_gpu():
+            if self._hold_gpu() and self._gpu_works():
                 self._look_for_work()
         finally:
             if self._spare is not None:
@@ -108,6 +121,15 @@ class Slot:
                 return False
         self._gpu_lock = lock
         return True
+
+    def _gpu_works(self) -> bool:
+        """Try a kernel on the slot's GPU; where that fails, say what to install and take no work."""
+        if self._place.gpu is None:
+            return True
+        self._problem = why_unusable(child_environment() | self._place.environment)
+        if self._problem is not None:
+            log.error("gpu_unusable", gpu=self._place.gpu.uuid, reason=self._problem)
+        return self._problem is None
 
     def _look_for_work(self) -> None:
         while not self._stopping.is_set():

@@ -34,7 +34,7 @@ class Child:
             stderr=_STDERR,
             start_new_session=True,
             pass_fds=tuple(inherit),
-            env=_environment() | dict(environment),
+            env=child_environment() | dict(environment),
             cwd="/",
         )
 
@@ -86,10 +86,12 @@ class Child:
         self.end()
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The worker's environment without our own settings, some of which are secret."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("NIBBLE_")}  # noqa: TID251
     inherited["PYTHONPATH"] = os.pathsep.join(entry for entry in sys.path if entry)
     inherited["PYTHONUNBUFFERED"] = "1"
     inherited["TOKENIZERS_PARALLELISM"] = "false"
+    # torch's threads spin while they wait for one another; on shared cores that costs ten times the work.
+    inherited.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return inherited

@@ -1,23 +1,19 @@
 """`python -m worker.child train|validate --parent PID`: started by `worker.spawn`, never by hand.
 
-It gets ready first (a training child imports torch and transformers, but touches no GPU), then waits for the path
-of an attempt's folder on its standard input. No path: it was not needed.
+It ties itself to its parent, gets ready (a training child imports torch and transformers, but touches no GPU), then
+waits for the path of an attempt's folder on its standard input. No path: it was not needed.
 """
 
 import argparse
-import ctypes
 import importlib
 import os
-import signal
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from worker.child.failures import explain
-from worker.child.report import Report
+from worker.child.tied import die_with
 from worker.folder import AttemptFolder, write_json
 from worker.reasons import DISK_FULL_STATUS, is_disk_full
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
@@ -26,8 +22,8 @@ def main() -> int:
     parser.add_argument("kind", choices=["train", "validate"])
     parser.add_argument("--parent", type=int, required=True)
     arguments = parser.parse_args()
-    _die_with(arguments.parent)
-    # Imported now, while nobody waits: for training this is what takes a child seconds to start.
+    die_with(arguments.parent)
+    # Imported now, while nobody waits: this is what takes a child seconds to start.
     module = importlib.import_module(f"worker.child.{arguments.kind}")
     path = sys.stdin.readline().strip()
     if not path:
@@ -35,12 +31,7 @@ def main() -> int:
     folder = AttemptFolder(Path(path))
     _write_to(folder.log)
     try:
-        report = Report(folder.events)
-        try:
-            result = module.run(folder, folder.read_spec(), report)
-        except Exception as error:  # noqa: BLE001  (the process's edge: it becomes a stored failure)
-            result = {"outcome": "failed", "error": explain(error)}
-        write_json(folder.result, result)
+        write_json(folder.result, _run(module, folder))
     except OSError as error:
         if is_disk_full(error):
             return DISK_FULL_STATUS
@@ -48,12 +39,16 @@ def main() -> int:
     return 0
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends, however that happens."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before the call: no signal will come
-        os._exit(1)
+def _run(module: ModuleType, folder: AttemptFolder) -> dict[str, object]:
+    """Run the attempt and return what result.json will hold, whatever happens."""
+    from worker.child.failures import explain
+    from worker.child.report import Report
+
+    with Report(folder.events) as report:
+        try:
+            return module.run(folder, folder.read_spec(), report)
+        except Exception as error:  # noqa: BLE001  (the process's edge: it becomes a stored failure)
+            return {"outcome": "failed", "error": explain(error)}
 
 
 def _write_to(log: Path) -> None:

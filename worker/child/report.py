@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from service.events.actions import Level
 from service.events.content import storable, storable_text
@@ -24,6 +24,14 @@ class Report:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
         self._n = 0
+
+    def __enter__(self) -> Self:
+        """Use it in a `with`, which closes the file."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the file; every line is in it already."""
+        self._file.close()
 
     def message(
         self, text: str, *, level: Level = "info", data: dict[str, Any] | None = None

@@ -1,0 +1,75 @@
+import json
+from pathlib import Path
+
+from qlora_core.train.events import (
+    CheckpointSaved,
+    Notice,
+    RunStarted,
+    SamplesGenerated,
+    StepMetrics,
+    ValidationMetrics,
+)
+from worker.child.report import Report, sink
+from worker.relay import Tail
+
+
+def step(n: int, loss: float = 0.154) -> StepMetrics:
+    return StepMetrics(
+        step=n,
+        total_steps=300,
+        epoch=0.1,
+        train_loss=loss,
+        train_mean_token_accuracy=0.9,
+        learning_rate=1e-4,
+        grad_norm=1.0,
+        tokens_per_s=10.0,
+        trained_tokens=5,
+        step_time_s=0.1,
+        memory={"rss_bytes": 1},
+    )
+
+
+def started(start_step: int) -> RunStarted:
+    return RunStarted(300, start_step, 10, 3, 100, 1000, "cpu", 0, 0)
+
+
+def test_engine_events_become_lines_in_openais_words(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        tell = sink(report)
+        tell(started(0))
+        tell(step(12))
+        tell(ValidationMetrics(12, 0.4, 0.8))
+        tell(CheckpointSaved(12, 1, "/x", 0.1, 0.9, 0.4, 0.8))
+        tell(SamplesGenerated(12, "adapter", [{"messages": [], "answer": "a"}]))
+        tell(Notice("warn", "Look here.", {"step": 12}))
+
+    lines = Tail(path).read()
+    assert [line.n for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert [line.type for line in lines] == ["message", "metrics", "metrics", *["message"] * 3]
+    assert lines[1].message == "Step 12/300: training loss=0.15"
+    assert lines[2].message == "Step 12/300: full validation loss=0.40"
+    assert lines[2].data["valid_loss"] == lines[2].data["full_valid_loss"] == 0.4
+    assert lines[3].kind == "checkpoint_saved"
+    assert lines[4].data["samples"][0]["answer"] == "a"
+    assert (lines[5].level, lines[5].message) == ("warn", "Look here.")
+
+
+def test_a_run_that_goes_on_says_from_where(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        sink(report)(started(40))
+
+    assert Tail(path).read()[-1].data == {"kind": "attempt_resumed", "from_step": 40}
+
+
+def test_every_line_is_json_whatever_the_figures(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        sink(report)(step(1, loss=float("nan")))
+
+    line = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: name)
+    assert line["data"]["train_loss"] is None

@@ -1,0 +1,68 @@
+from collections.abc import Callable
+
+from service.tables import Event, Job
+from tests.worker.conftest import chat_lines
+from worker.crew import Crew
+
+Submit = Callable[..., str]
+Await = Callable[..., Job]
+
+
+def test_good_files_are_counted_and_every_auto_becomes_a_number(
+    crew: Crew, submit: Submit, await_job: Await
+) -> None:
+    job_id = submit(chat_lines(12), chat_lines(3), hyperparameters={"batch_size": 4})
+    crew.ring("validate")
+
+    job = await_job(job_id, "queued", "running", timeout_s=30)
+
+    assert job.dataset_report is not None
+    assert job.dataset_report["training_file"]["n_examples"] == 12
+    assert job.dataset_report["validation_file"]["n_examples"] == 3
+    assert job.hyperparameters["batch_size"] == 4
+    assert job.hyperparameters["n_epochs"] == 8  # OpenAI's rule: 100 // 12
+    assert job.hyperparameters["context_length"] == 128  # the model's own
+    assert "auto" not in job.hyperparameters.values()
+
+
+def test_long_examples_are_cut_and_counted_aloud(
+    crew: Crew, submit: Submit, await_job: Await, story: Callable[[str], list[Event]]
+) -> None:
+    job_id = submit([*chat_lines(11), *chat_lines(2, words=200)])
+    crew.ring("validate")
+
+    job = await_job(job_id, "queued", "running", timeout_s=30)
+
+    assert job.dataset_report is not None
+    assert job.dataset_report["training_file"]["n_truncated"] == 2
+    warnings = [event for event in story(job_id) if event.level == "warn"]
+    assert [event.data["kind"] for event in warnings if event.data] == ["truncated"]
+
+
+def test_a_file_whose_bytes_are_gone_fails_the_job_by_name(
+    crew: Crew, submit: Submit, await_job: Await, settings: object
+) -> None:
+    job_id = submit(chat_lines(12))
+    for blob in (crew.context.settings.data_dir / "blobs" / "files").iterdir():
+        blob.unlink()
+    crew.ring("validate")
+
+    job = await_job(job_id, "failed", timeout_s=30)
+
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("file_not_found", "training_file")
+
+
+def test_a_check_that_takes_too_long_or_too_much_is_ended_with_the_reason(
+    crew: Crew, submit: Submit, await_job: Await
+) -> None:
+    object.__setattr__(
+        crew.context, "settings", crew.context.settings.model_copy(update={"validate_time_s": 1})
+    )
+    job_id = submit(chat_lines(100_000))
+    crew.ring("validate")
+
+    job = await_job(job_id, "failed", timeout_s=30)
+
+    assert job.error is not None
+    assert job.error["code"] == "validation_timeout"
