@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
 from nibble import output
 from nibble.connection import open_body, read_body
 from nibble.endings import Ending, ExitCode, refused
 from nibble.failures import ending_of, is_passing, unreachable
+from nibble.progress import transfer
 from nibble.unpack import BadArchiveError, Unpacked, unpack
 
 if TYPE_CHECKING:
@@ -84,17 +83,8 @@ class _Fetch:
         self._patience_s = patience_s
 
     def run(self) -> None:
-        bar = Progress(
-            TextColumn("downloading the adapter"),
-            BarColumn(bar_width=24),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            console=output.people(),
-            disable=not output.people().is_terminal,
-        )
-        with bar:
-            task = bar.add_task("", total=None)
-            self._persist(lambda done, total: bar.update(task, completed=done, total=total))
+        with transfer("downloading the adapter") as told:
+            self._persist(told)
 
     def discard(self) -> None:
         self._part.unlink(missing_ok=True)

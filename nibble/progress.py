@@ -1,10 +1,21 @@
 """A job's progress on stderr: a bar with its last figures on a terminal, plain lines elsewhere (CI logs)."""
 
 import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from nibble import output
@@ -14,6 +25,24 @@ LINE_EVERY_S = 5.0
 """Plain lines tell of a step at most so often; validations, the first and the last step always."""
 
 _STYLES = {"warn": "yellow", "error": "red"}
+
+
+@contextmanager
+def transfer(description: str) -> Generator[Callable[[int, int | None], None]]:
+    """A bar for bytes on their way, where there is a terminal; call what it gives with (done, total) in bytes."""
+    if not output.people().is_terminal:
+        yield lambda _done, _total: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        console=output.people(),
+    )
+    with bar:
+        task = bar.add_task(output.plain(description), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 class Display(Protocol):
@@ -77,8 +106,9 @@ class LineDisplay:
             return
         now = time.monotonic()
         due = now - self._told_at >= LINE_EVERY_S or step.number == step.total
-        if due or step.valid_loss is not None:
+        if step.train_loss is not None and due:
             self._told_at = now
+        if due or step.valid_loss is not None:
             output.say(
                 f"Step {_count(step.number)}/{_count(step.total)}: {', '.join(figures(step))}"
             )

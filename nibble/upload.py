@@ -4,13 +4,12 @@ import io
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from typing import TYPE_CHECKING, Any
 
 from nibble import output
 from nibble.answers import expect
 from nibble.endings import refused
+from nibble.progress import transfer
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -49,18 +48,10 @@ def upload(client: "OpenAI", path: Path, *, purpose: str = "fine-tune") -> "File
 
     check_local(path)
     total = path.stat().st_size
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        console=output.people(),
-        disable=not output.people().is_terminal,
-    )
-    with bar, path.open("rb") as raw:
-        task = bar.add_task(f"uploading {output.plain(path.name)}", total=total)
-        file = _Watched(raw, lambda position: bar.update(task, completed=position))
-        answer = client.files.create(file=(path.name, file), purpose=purpose)  # type: ignore[arg-type]  # the service judges the purpose
+    with transfer(f"uploading {path.name}") as told, path.open("rb") as raw:
+        file = _Watched(raw, lambda position: told(position, total))
+        create: Any = client.files.create  # the service judges the purpose, not the SDK's types
+        answer = create(file=(path.name, file), purpose=purpose)
     uploaded = expect(FileObject, answer)
     output.say(f"Uploaded {path.name} ({output.size(total)}) as {uploaded.id}.")
     return uploaded

@@ -6,7 +6,7 @@ from rich.text import Text
 
 from nibble import output
 from nibble.events import JobEvent, Step
-from nibble.progress import BarDisplay, LineDisplay, figures
+from nibble.progress import BarDisplay, LineDisplay, figures, transfer
 
 
 def step_event(number: int, *, valid_loss: float | None = None) -> JobEvent:
@@ -41,6 +41,26 @@ def test_lines_tell_the_first_the_last_and_the_validated_steps(
         lines[1]
         == "Step 50/100: loss 0.0300, validation loss 0.5000, 1,234 tokens/s, memory 1.5 GiB"
     )
+
+
+def test_a_validation_before_the_first_step_does_not_hide_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = JobEvent(id="v", level="info", message="", step=Step(0, 9, None, 0.5, None, None))
+
+    with LineDisplay() as display:
+        display.event(before)
+        display.event(step_event(1))
+
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["Step 0/9", "Step 1/100"]
+
+
+def test_without_a_terminal_a_transfer_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with transfer("uploading") as told:
+        told(1, 2)
+
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_message_is_shown_without_what_would_steer_the_terminal(
