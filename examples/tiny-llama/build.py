@@ -33,6 +33,7 @@ def main() -> None:
     tokenizer = _tokenizer(options.work / "tokenizer.json", documents, resume=options.resume)
     stream = corpus.encode(tokenizer, documents, vocabulary.DOCUMENT_START)
     held_out = corpus.encode(tokenizer, corpus.held_out_documents(), vocabulary.DOCUMENT_START)
+    held_out = held_out[: options.held_out_tokens]
     print(f"{len(stream):,} training tokens, {len(held_out):,} held-out tokens")
     write_tokenizer(tokenizer, options.output)
 
@@ -152,6 +153,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=40.0, help="training time (default 40)")
     parser.add_argument("--steps", type=int, help="stop after so many steps instead: repeatable")
+    parser.add_argument("--held-out-tokens", type=int, help="measure so many only (default all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -160,6 +162,8 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.minutes <= 0 or (options.steps is not None and options.steps < 1):
         parser.error("--minutes and --steps must be above zero")
+    if options.held_out_tokens is not None and options.held_out_tokens <= CONTEXT_LENGTH:
+        parser.error(f"--held-out-tokens must be above {CONTEXT_LENGTH}: one window and its target")
     return options
 
 

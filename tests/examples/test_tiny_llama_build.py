@@ -175,7 +175,14 @@ def test_resuming_without_a_checkpoint_says_what_to_do(
 @pytest.mark.slow
 def test_the_build_writes_a_model_that_transformers_loads(tmp_path: Path) -> None:
     work, output = tmp_path / "work", tmp_path / "model"
-    command = [sys.executable, str(SCRIPTS / "build.py"), "--steps", "2"]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "build.py"),
+        "--steps",
+        "2",
+        "--held-out-tokens",
+        "4097",
+    ]
 
     subprocess.run(
         [*command, "--work", str(work), "--output", str(output)],
