@@ -31,7 +31,15 @@ def connect(settings: Settings, *, pool_size: int = 10) -> Engine:
         pool_size=pool_size,
         max_overflow=pool_size,
         pool_pre_ping=True,  # a restarted server costs a new connection, not a failed request
-        connect_args={"connect_timeout": 5, "application_name": "nibble"},
+        connect_args={
+            "connect_timeout": 5,
+            "application_name": "nibble",
+            # A server that vanished without a word is an error within half a minute, not a thread that hangs.
+            "keepalives_idle": 10,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 25_000,
+        },
     )
 
 

@@ -134,6 +134,7 @@ def lonely(
     )
 
 
+@pytest.mark.slow
 def test_a_worker_that_never_comes_back_is_replaced_by_another_host_after_its_lease(
     lonely: Deployment,
 ) -> None:

@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import tarfile
+from pathlib import Path
 
-from tests.e2e.conftest import User, chat_file
+from tests.e2e.conftest import User, chat_file, children_of, wait_until
 
 
 def test_upload_train_watch_and_download(user: User) -> None:
@@ -40,6 +41,25 @@ def test_upload_train_watch_and_download(user: User) -> None:
     check_checkpoints(user, job_id)
     check_results(user, job.result_files)
     check_adapter(user, job_id)
+    check_who_has_torch(user)
+
+
+def check_who_has_torch(user: User) -> None:
+    """Neither the API nor the worker's parent; the spare child that waits for the next job."""
+    has_torch = {
+        process.pid: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8")
+        for process in user.deployment.processes
+    }
+    assert not any(has_torch.values())
+
+    def spare_is_ready() -> bool:
+        children = children_of(user.deployment.processes[-1])
+        return any(
+            "libtorch" in Path(f"/proc/{child.pid}/maps").read_text(encoding="utf-8")
+            for child in children
+        )
+
+    wait_until(spare_is_ready, timeout_s=60, why="no child stands ready with torch loaded")
 
 
 def check_metrics(user: User, job_id: str) -> None:
