@@ -227,6 +227,21 @@ def test_a_real_length_over_the_limit_is_refused(settings: Settings, *, is_decla
     assert answer.json()["error"]["message"] == "A file may have 100000 bytes."
 
 
+def test_what_comes_after_the_form_s_end_is_bounded_too(settings: Settings) -> None:
+    small = settings.model_copy(update={"max_upload_bytes": 100_000})
+    pieces = [forms.form(PURPOSE, SOUND), *[b"\r\n" * 50_000] * 4]
+
+    with serve(small) as url:
+        key = settings.first_key_file.read_text().strip()
+        answer = httpx2.post(
+            f"{url}/v1/files",
+            content=iter(pieces),
+            headers=forms.CONTENT_TYPE | {"authorization": f"Bearer {key}"},
+        )
+
+    assert answer.status_code == 413
+
+
 def test_a_wrong_purpose_that_comes_first_costs_no_upload(
     base_url: str, key: str, settings: Settings
 ) -> None:

@@ -50,15 +50,15 @@ def test_requests_beyond_the_pool_wait_their_turn(base_url: str, key: str) -> No
 
     def ask() -> None:
         with httpx2.Client(base_url=base_url, headers=headers, timeout=60) as client:
-            statuses.extend(client.get("/v1/files").status_code for _ in range(3))
+            statuses.append(client.get("/v1/files").status_code)
 
-    threads = [threading.Thread(target=ask) for _ in range(60)]
+    threads = [threading.Thread(target=ask) for _ in range(120)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert statuses == [200] * 180
+    assert statuses == [200] * 120
     assert time.monotonic() - started < 25  # the pool's own patience is 30 s
 
 
