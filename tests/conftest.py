@@ -19,6 +19,8 @@ HAS_GPU = Path("/dev/nvidia0").exists()
 
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# torch's threads spin while they wait for one another; on cores shared with other tests that costs ten times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 for _name in [name for name in os.environ if name.startswith("NIBBLE_")]:
     del os.environ[_name]  # a developer's own settings change no test
 

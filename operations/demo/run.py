@@ -42,8 +42,8 @@ def demo(
     ] = Path(".demo"),
     epochs: Annotated[int, typer.Option(min=1, max=50)] = 2,
     examples: Annotated[
-        int | None, typer.Option(min=10, help="Train on so many examples only.")
-    ] = None,
+        int, typer.Option(min=10, help="Train on so many examples at most.")
+    ] = 2000,
 ) -> None:
     """Fine-tune a small model on this Python's own documentation, and show what it learned.
 
@@ -86,7 +86,7 @@ def _check_model(settings: Settings, model: str) -> None:
         raise refused(f"no model {model!r} in {settings.models_file}; there are: {known}")
 
 
-def _write_files(settings: Settings, examples: int | None) -> DemoFiles:
+def _write_files(settings: Settings, examples: int) -> DemoFiles:
     folder = settings.data_dir / "input"
     try:
         files = write_demo_files(folder, max_train=examples, max_validation=_MAX_VALIDATION)
