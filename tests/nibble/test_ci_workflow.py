@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import venv
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,9 +33,9 @@ def workflow() -> dict[str, Any]:
 def python(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     """A Python with pip, and what the client needs but not the client itself."""
     folder = tmp_path_factory.mktemp("python")
-    venv.create(folder, symlinks=True, with_pip=True)
+    venv.create(folder, symlinks=True)
     (site_packages,) = folder.glob("lib/python3*/site-packages")
-    for needed in closure(_requirements(wheel), ()):
+    for needed in [distribution("pip"), *closure(_requirements(wheel), ())]:
         _link(needed, site_packages)
     return folder / "bin"
 
