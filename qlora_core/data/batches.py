@@ -43,22 +43,47 @@ class Batch:
         )
 
 
-def group_by_tokens(
-    indices: Sequence[int], lengths: Sequence[int], *, max_tokens: int
-) -> list[list[int]]:
-    """Split examples into micro-batches of at most ``max_tokens``, padding included; longest first.
+def pass_tokens(device: torch.device) -> int:
+    """Return what starting a forward and backward pass costs, in tokens of computing; a rough guess.
 
-    An example longer than ``max_tokens`` gets a micro-batch of its own.
+    On a CPU it is the calls themselves, on a GPU also that small products leave most of it idle.
     """
-    groups: list[list[int]] = []
-    width = 0
+    return 64 if device.type == "cpu" else 512
+
+
+def group_by_tokens(
+    indices: Sequence[int], lengths: Sequence[int], *, max_tokens: int, pass_tokens: int
+) -> list[list[int]]:
+    """Split examples into the micro-batches that cost least; the longest come first.
+
+    Args:
+        indices: of the examples.
+        lengths: of all examples, in tokens.
+        max_tokens: of a micro-batch, padding included; a longer example gets one of its own.
+        pass_tokens: what one more forward pass costs, in tokens: splitting further is worth it only
+            where it saves more padding than this.
+
+    Returns:
+        Groups of indices, whatever order they came in.
+    """
     # The index settles ties, so that the grouping does not depend on the order of the window.
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        if groups and (len(groups[-1]) + 1) * width <= max_tokens:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
-            width = lengths[index]
+    longest_first = sorted(indices, key=lambda i: (-lengths[i], i))
+    n = len(longest_first)
+    # cost[i]: of the best split of the examples from i on; end[i]: where its first group ends.
+    cost, end = [0] * (n + 1), [n] * (n + 1)
+    for start in range(n - 1, -1, -1):
+        width = lengths[longest_first[start]]
+        cost[start], end[start] = width + pass_tokens + cost[start + 1], start + 1
+        largest = min(n - start, max_tokens // width)
+        for rows in range(2, largest + 1):
+            total = rows * width + pass_tokens + cost[start + rows]
+            if total < cost[start]:
+                cost[start], end[start] = total, start + rows
+    groups: list[list[int]] = []
+    start = 0
+    while start < n:
+        groups.append(longest_first[start : end[start]])
+        start = end[start]
     return groups
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from qlora_core.data import Dataset, collate, group_by_tokens
+from qlora_core.data import Dataset, collate, group_by_tokens, pass_tokens
 from qlora_core.train.loss import SupervisedLoss
 
 
@@ -21,7 +21,12 @@ def evaluate(
     """Return the mean loss in nats and the share of tokens predicted right, per trained token."""
     was_training = model.training
     model.eval()
-    groups = group_by_tokens(range(len(dataset)), dataset.lengths, max_tokens=micro_batch_tokens)
+    groups = group_by_tokens(
+        range(len(dataset)),
+        dataset.lengths,
+        max_tokens=micro_batch_tokens,
+        pass_tokens=pass_tokens(model.device),
+    )
     # Summed in float64: a float32 sum over millions of tokens loses digits.
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
     n_correct = torch.zeros((), dtype=torch.int64, device=model.device)

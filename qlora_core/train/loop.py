@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_core.data import Dataset, collate, epoch_order, group_by_tokens, windows
+from qlora_core.data import Dataset, collate, epoch_order, group_by_tokens, pass_tokens, windows
 from qlora_core.errors import LossNotFiniteError
 from qlora_core.export import save_adapter, save_tokenizer_files
 from qlora_core.nn import add_lora, lora_disabled
@@ -303,7 +303,10 @@ def _accumulate(run: _Run, window: Sequence[int], n_trained: int) -> tuple[float
     hits: list[torch.Tensor] = []
     n_tokens = 0
     for group in group_by_tokens(
-        window, run.dataset.lengths, max_tokens=run.config.micro_batch_tokens
+        window,
+        run.dataset.lengths,
+        max_tokens=run.config.micro_batch_tokens,
+        pass_tokens=pass_tokens(run.model.device),
     ):
         batch = collate(run.dataset, group, pad_id=run.encoder.pad_id).to(run.model.device)
         loss, n_correct = run.loss_of(batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -41,18 +42,45 @@ def test_windows_hold_every_example_once_and_the_last_may_be_smaller() -> None:
 def test_micro_batches_stay_in_their_budget_longest_first() -> None:
     lengths = [3, 10, 4, 4, 9, 30]
 
-    groups = group_by_tokens([0, 1, 2, 3, 4, 5], lengths, max_tokens=20)
+    groups = group_by_tokens(range(6), lengths, max_tokens=20, pass_tokens=1000)
 
     assert groups == [[5], [1, 4], [2, 3, 0]]
     for group in groups[1:]:
         assert len(group) * max(lengths[i] for i in group) <= 20
 
 
+def test_a_long_example_does_not_pad_the_short_ones() -> None:
+    lengths = [10, 100, 12, 11]
+
+    assert group_by_tokens(range(4), lengths, max_tokens=999, pass_tokens=50) == [[1], [2, 3, 0]]
+    assert group_by_tokens(range(4), lengths, max_tokens=999, pass_tokens=300) == [[1, 2, 3, 0]]
+
+
+def test_no_other_split_costs_less() -> None:
+    lengths = [31, 7, 19, 18, 5, 44, 30, 6]
+    longest_first = sorted(range(8), key=lambda i: -lengths[i])
+
+    def cost(groups: list[list[int]]) -> int:
+        return sum(len(g) * lengths[g[0]] + 16 for g in groups)
+
+    splits = [
+        [longest_first[a:b] for a, b in itertools.pairwise([0, *cuts, 8])]
+        for n_cuts in range(8)
+        for cuts in itertools.combinations(range(1, 8), n_cuts)
+    ]
+    allowed = [s for s in splits if all(len(g) == 1 or len(g) * lengths[g[0]] <= 64 for g in s)]
+
+    groups = group_by_tokens(range(8), lengths, max_tokens=64, pass_tokens=16)
+
+    assert cost(groups) == min(map(cost, allowed))
+    assert sorted(itertools.chain(*groups)) == list(range(8))
+
+
 def test_grouping_does_not_depend_on_the_order_of_the_window() -> None:
     lengths = [5, 5, 5, 2]
 
-    assert group_by_tokens([3, 1, 0, 2], lengths, max_tokens=10) == group_by_tokens(
-        [0, 1, 2, 3], lengths, max_tokens=10
+    assert group_by_tokens([3, 1, 0, 2], lengths, max_tokens=10, pass_tokens=1) == group_by_tokens(
+        [0, 1, 2, 3], lengths, max_tokens=10, pass_tokens=1
     )
 
 
