@@ -148,7 +148,7 @@ class User:
         events = list(self.jobs.list_events(job_id, limit=100))
         return [event.message for event in reversed(events)]
 
-    def wait(self, job_id: str, *statuses: str, timeout_s: float = 60) -> FineTuningJob:
+    def wait(self, job_id: str, *statuses: str, timeout_s: float = 120) -> FineTuningJob:
         """Wait until a job has one of these statuses (the ended ones) and return it."""
         wanted = statuses or ENDED
         deadline = time.monotonic() + timeout_s
@@ -160,7 +160,7 @@ class User:
             time.sleep(0.05)
         return job
 
-    def wait_for_message(self, job_id: str, start: str, *, timeout_s: float = 60) -> None:
+    def wait_for_message(self, job_id: str, start: str, *, timeout_s: float = 120) -> None:
         """Wait until the job's story has a message that begins so."""
         wait_until(
             lambda: any(message.startswith(start) for message in self.messages(job_id)),

@@ -32,7 +32,7 @@ def test_cancelled_while_queued_running_and_validating(service: Deployment, user
     assert user.messages(validating)[-1] == "Fine-tuning job cancelled"
 
     after = user.submit(chat_file(12), n_epochs=1)
-    assert user.wait(after, "succeeded", timeout_s=60).fine_tuned_model
+    assert user.wait(after, "succeeded").fine_tuned_model
 
 
 def busiest_child(service: Deployment) -> int:

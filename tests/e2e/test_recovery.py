@@ -72,7 +72,7 @@ def test_a_killed_training_child_costs_an_attempt_and_nothing_else(
     user.wait_for_message(job_id, "Checkpoint created at step 6")
 
     training_child(service.processes[-1].pid).send_signal(signal.SIGKILL)
-    user.wait(job_id, "succeeded", timeout_s=90)
+    user.wait(job_id, "succeeded")
 
     check_whole(service, user, job_id, lost="lost")
     assert any("SIGKILL" in message for message in user.messages(job_id))
@@ -91,7 +91,7 @@ def test_a_killed_worker_takes_its_children_along_and_its_successor_takes_the_jo
     _, alive = psutil.wait_procs(children, timeout=2)
     assert not alive
     service.start("worker")
-    user.wait(job_id, "succeeded", timeout_s=90)
+    user.wait(job_id, "succeeded")
 
     check_whole(service, user, job_id, lost="lost")
 
@@ -107,7 +107,7 @@ def test_a_stopped_worker_leaves_a_resume_point_and_loses_nothing(
     worker.wait(timeout=20)
     waiting = user.jobs.retrieve(job_id).status
     service.start("worker")
-    user.wait(job_id, "succeeded", timeout_s=90)
+    user.wait(job_id, "succeeded")
 
     assert waiting == "queued"
     assert worker.returncode == 0
@@ -157,7 +157,7 @@ def test_a_worker_that_never_comes_back_is_replaced_by_another_host_after_its_le
         NIBBLE_DATA_DIR=str(elsewhere / "data"),
         NIBBLE_STORAGE_URL=f"file://{lonely.data_dir / 'blobs'}",
     )
-    user.wait(job_id, "succeeded", timeout_s=90)
+    user.wait(job_id, "succeeded")
     user.close()
 
     _, first_try, second_try = attempts_of(lonely, job_id)

@@ -16,7 +16,7 @@ def test_upload_train_watch_and_download(user: User) -> None:
         chat_file(24), validation=chat_file(4), n_epochs=2, batch_size=6, learning_rate=0.01
     )
 
-    job = user.wait(job_id, "succeeded", timeout_s=120)
+    job = user.wait(job_id, "succeeded")
 
     assert job.fine_tuned_model is not None
     assert job.fine_tuned_model.startswith("ft:tiny:org-nibble::")
