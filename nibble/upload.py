@@ -2,6 +2,7 @@
 
 import io
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,15 @@ def check_local(path: Path) -> Path:
         Ending: it is not (refused).
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise refused(f"{path} is not a regular file.")
         with path.open("rb") as file:
             if file.read(1):
                 return path
     except OSError as error:
         raise refused(f"cannot read {path}: {error.strerror}.") from None
+    except ValueError:  # a NUL in the name
+        raise refused(f"{str(path)!r} is no file's name.") from None
     raise refused(f"{path} is empty.")
 
 

@@ -1,5 +1,6 @@
 """What `jobs create --wait` and `jobs watch` share: following a job, showing it, ending as it ended."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,7 +51,14 @@ def fetch_adapter(
     checkpoint: str | None = None,
 ) -> dict[str, Any]:
     """Download and unpack an adapter, say so, and return what `--json` tells of it."""
-    files = download(client, job_id, folder, checkpoint=checkpoint, patience_s=patience_s)
+    try:
+        files = download(client, job_id, folder, checkpoint=checkpoint, patience_s=patience_s)
+    except KeyboardInterrupt as interrupt:
+        code = exit_code_of(interrupt)
+        which = f" --checkpoint {checkpoint}" if checkpoint else ""
+        where = shlex.quote(str(folder))
+        output.say(f"Fetch the rest with: nibble jobs download {job_id} {where}{which}")
+        raise typer.Exit(code) from None
     total = sum(file.bytes for file in files)
     output.say(f"The adapter is in {folder} ({len(files)} files, {output.size(total)}).")
     listed = [{"name": f.name, "bytes": f.bytes, "sha256": f.sha256} for f in files]

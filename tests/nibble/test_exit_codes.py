@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -117,6 +118,17 @@ def test_2_refused_before_anything_is_sent(
     assert result.exit_code == 2, result.output  # and not 4: nobody listens there
     assert result.stdout == ""
     assert result.stderr
+
+
+def test_2_a_pipe_is_refused_without_waiting_for_its_writer(
+    nibble: Run, elsewhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "train.jsonl")
+
+    result = nibble("files", "upload", tmp_path / "train.jsonl")
+
+    assert result.exit_code == 2
+    assert "not a regular file" in sentence(result)
 
 
 def test_2_without_a_key_it_says_where_keys_come_from(

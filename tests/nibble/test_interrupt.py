@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -12,6 +13,7 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.nibble.conftest import MODEL, Live, write_chat
+from tests.nibble.proxy import Proxy
 
 
 def start(live: Live, stderr: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -73,3 +75,22 @@ def test_an_interrupted_create_leaves_the_job_it_made(
     job_id = stderr.read_text().partition("nibble jobs watch ")[2].split()[0]
     job = client.fine_tuning.jobs.cancel(job_id)
     assert job.status in ("validating_files", "queued", "running", "cancelled")
+
+
+def test_an_interrupted_download_says_how_to_fetch_the_rest(
+    live: Live, proxy: Proxy, finished_job: FineTuningJob, tmp_path: Path
+) -> None:
+    proxy.cut("/adapter", after_bytes=9_000)
+    proxy.cut("/adapter", after_bytes=0, times=1_000)
+    stderr, folder = tmp_path / "stderr", tmp_path / "my adapter"
+    away = replace(live, environment=live.environment | {"NIBBLE_BASE_URL": proxy.url})
+    process = start(away, stderr, "jobs", "download", finished_job.id, str(folder))
+    wait_until_said(process, stderr, "The download broke off")
+
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+
+    assert process.returncode == 130
+    told = stderr.read_text().partition("Fetch the rest with: ")[2]
+    assert told == f"nibble jobs download {finished_job.id} '{folder}'\n"
+    assert not folder.exists()
