@@ -196,7 +196,7 @@ class _Scan:
             text.count("[") + text.count("{") > _DEEPEST_NESTING
             and _depth(value) > _DEEPEST_NESTING
         ):
-            raise RecursionError
+            raise ExampleError("nested_too_deeply", "{example} is nested too deeply.")
         return value
 
     def _add_error(self, error: LineError) -> None:

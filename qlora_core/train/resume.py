@@ -121,22 +121,22 @@ def load_resume_point(
     points = [folder] if (folder / _MANIFEST).is_file() else [p for _, p in step_folders(folder)]
     for point in points:
         try:
-            state, adapter, moments, random = _read(point)
+            progress, found, adapter, moments, random = _read(point)
         except ResumePointError as error:
             on_refused(error.message)
             continue
-        _check_identity(point, state["identity"], identity)
+        _check_identity(point, found, identity)
         _restore_adapter(point, model, adapter)
         _restore_optimizer(point, optimizer, moments)
         _restore_random(random)
-        return Progress(**state["progress"])
+        return progress
     return None
 
 
 def _read(
     point: Path,
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parts of a point whose files are the ones that were written."""
+) -> tuple[Progress, dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return progress, identity, adapter, moments and random states, if the files are those written."""
     try:
         sums = json.loads((point / _MANIFEST).read_text(encoding="utf-8"))
         for name in (_STATE, _ADAPTER, _OPTIMIZER, _RANDOM):
@@ -145,11 +145,12 @@ def _read(
                     f"The resume point {point.name} is torn: {name} has changed."
                 )
         state = json.loads((point / _STATE).read_text(encoding="utf-8"))
+        progress, identity = Progress(**state["progress"]), dict(state["identity"])
         tensors = [safetensors.torch.load_file(point / n) for n in (_ADAPTER, _OPTIMIZER, _RANDOM)]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ResumePointError(f"The resume point {point.name} is torn: {reason}.") from error
-    return state, tensors[0], tensors[1], tensors[2]
+    return progress, identity, tensors[0], tensors[1], tensors[2]
 
 
 def _check_identity(point: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qlora_core.text import DatasetReport, TextEncoder, check_dataset
 from qlora_core.text.check import LONGEST_LINE_BYTES
@@ -252,3 +254,40 @@ def test_neither_torch_nor_transformers_is_loaded() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], timeout=60)
 
     assert done.returncode == 0
+
+
+_SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+_JSON = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+_FIELDS = st.sampled_from(
+    ["role", "content", "weight", "name", "tool_calls", "function_call", "type", "text", "function"]
+)
+_MESSAGE = st.dictionaries(_FIELDS, st.sampled_from(["user", "assistant", "text"]) | _JSON, max_size=4)  # fmt: skip
+_LINE = st.fixed_dictionaries(
+    {},
+    optional={
+        "messages": st.lists(_MESSAGE | _JSON, max_size=3) | _JSON,
+        "tools": _JSON,
+        "functions": _JSON,
+        "parallel_tool_calls": _JSON,
+        "prompt": _JSON,
+        "completion": _JSON,
+    },
+)
+
+
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(lines=st.lists(_LINE.map(json.dumps).map(str.encode) | st.binary(max_size=30), max_size=4))
+def test_whatever_the_lines_say_each_is_counted_once(
+    lines: list[bytes], encoder: TextEncoder, tmp_path: Path
+) -> None:
+    report = _check(encoder, tmp_path, *[line.replace(b"\n", b" ") + b"\n" for line in lines])
+
+    assert report.n_lines == report.n_examples + report.n_dropped + report.n_errors
+    assert (report.problem is None) == (report.n_errors == 0 and report.n_lines >= 10)
+    assert json.dumps(report.as_dict())
