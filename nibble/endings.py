@@ -81,19 +81,24 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except Ending as ending:
             exit_with(ending)
         except BrokenPipeError:
-            # Our reader (`| head`) has left; there is nobody to tell. Keep the interpreter from flushing into it.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            abandon_stdout()  # our reader (`| head`) has left; there is nobody to tell
             raise typer.Exit(int(ExitCode.FAILED)) from None
         except KeyboardInterrupt as interrupt:
             raise typer.Exit(exit_code_of(interrupt)) from None
         except typer.Exit:
             raise
         except OSError as error:
-            exit_with(Ending(ExitCode.FAILED, f"{error.strerror or error}: {error.filename or ''}"))
+            where = f": {error.filename}" if error.filename else ""
+            exit_with(Ending(ExitCode.FAILED, f"{error.strerror or error}{where}"))
         except Exception as error:  # noqa: BLE001  (the process edge)
             exit_with(_unforeseen(error))
 
     return run
+
+
+def abandon_stdout() -> None:
+    """Keep the interpreter from flushing what is left into a stdout that takes no more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_code_of(interrupt: KeyboardInterrupt) -> int:

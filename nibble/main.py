@@ -4,12 +4,13 @@
 """
 
 import importlib
+import sys
 from typing import Any
 
 import typer
 
 from nibble.commands import files, jobs, models
-from nibble.endings import ExitCode, guarded, refused
+from nibble.endings import ExitCode, abandon_stdout, guarded, refused
 
 app = typer.Typer(
     help="Fine-tune models on your own machines.",
@@ -65,4 +66,11 @@ def _operations(command: str, arguments: list[str]) -> None:
 
 def main() -> None:
     """Run the program; the entry point of `nibble` and `python -m nibble`."""
-    app()
+    try:
+        app()
+        sys.stdout.flush()
+    except KeyboardInterrupt:  # before a command began; afterwards `guarded` has it
+        sys.exit(int(ExitCode.INTERRUPTED))
+    except OSError as error:  # stdout is gone or full
+        abandon_stdout()
+        sys.exit(f"Error: cannot write the output: {error.strerror}")

@@ -60,3 +60,13 @@ def test_every_target_of_make_that_is_named_exists() -> None:
 
     assert {"demo", "test"} <= named
     assert named - targets == set()
+
+
+def test_every_decision_is_in_the_index_under_a_number_of_its_own() -> None:
+    folder = ROOT / "docs" / "decisions"
+    decisions = sorted(path.name for path in folder.glob("*.md") if path.name != "README.md")
+
+    listed = _LINK.findall((folder / "README.md").read_text())
+
+    assert sorted(listed) == decisions
+    assert [name[:4] for name in decisions] == [f"{n:04}" for n in range(1, len(decisions) + 1)]
