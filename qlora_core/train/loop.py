@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from qlora_core.data import Dataset, collate, epoch_order, group_by_tokens, pass_tokens, windows
 from qlora_core.errors import LossNotFiniteError
 from qlora_core.export import save_adapter, save_tokenizer_files
-from qlora_core.nn import add_lora, lora_disabled
-from qlora_core.optim import build_optimizer, learning_rate_at
+from qlora_core.nn import lora_disabled
+from qlora_core.optim import learning_rate_at
 from qlora_core.text import TextEncoder
-from qlora_core.train.checkpointing import checkpoint_activations
 from qlora_core.train.config import TrainConfig
 from qlora_core.train.evaluate import evaluate
 from qlora_core.train.events import (
@@ -35,13 +34,11 @@ from qlora_core.train.events import (
 )
 from qlora_core.train.folders import step_folder, written_whole
 from qlora_core.train.generate import answer_samples
-from qlora_core.train.loss import SupervisedLoss
 from qlora_core.train.memory import base_bytes, measured_memory, out_of_memory_named
 from qlora_core.train.resume import Progress, load_resume_point, save_resume_point
+from qlora_core.train.run import Run, prepare
 
 _NOT_FINITE_ALLOWED = 2
-# Settings that change memory and speed, never the result: a run may resume with others.
-_NOT_IDENTITY = ("micro_batch_tokens", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def train(
         ResumePointError: the resume point belongs to another run.
     """
     with out_of_memory_named(model.device):
-        run = _prepare(model, encoder, dataset, config, sink, Path(output_dir), validation)
+        run = prepare(model, encoder, dataset, config, sink, Path(output_dir), validation)
         run.base_model = base_model_name_or_path or run.base_model
         run.sample_prompts = sample_prompts
         progress = _resume(run, resume_from)
@@ -123,82 +120,7 @@ def train(
         return _finish(run, progress)
 
 
-@dataclass
-class _Run:
-    """What stays the same from step to step."""
-
-    model: PreTrainedModel
-    encoder: TextEncoder
-    dataset: Dataset
-    config: TrainConfig
-    sink: Sink
-    output_dir: Path
-    validation: Dataset | None
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    loss_of: SupervisedLoss
-    steps_per_epoch: int
-    base_model: str
-    sample_prompts: Sequence[Sequence[dict[str, Any]]] = ()
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps_per_epoch * self.config.n_epochs
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What a resume point must agree with."""
-        settings = self.config.as_dict()
-        kept = {name: value for name, value in settings.items() if name not in _NOT_IDENTITY}
-        return {"config": kept, "n_examples": len(self.dataset)}
-
-
-def _prepare(
-    model: PreTrainedModel,
-    encoder: TextEncoder,
-    dataset: Dataset,
-    config: TrainConfig,
-    sink: Sink,
-    output_dir: Path,
-    validation: Dataset | None,
-) -> _Run:
-    add_lora(model, config.lora, seed=config.seed)
-    loss_of = SupervisedLoss(model)
-    if not loss_of.chunked:
-        sink(
-            Notice(
-                "warn",
-                f"The output head of {type(model).__name__} is not one that the engine can run in chunks: "
-                "the loss is computed from full logits, which takes more memory.",
-            )
-        )
-    if config.gradient_checkpointing and not checkpoint_activations(model):
-        sink(Notice("warn", f"{type(model).__name__} does not support gradient checkpointing."))
-    torch.manual_seed(config.seed)
-    model.train()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return _Run(
-        model=model,
-        encoder=encoder,
-        dataset=dataset,
-        config=config,
-        sink=sink,
-        output_dir=output_dir,
-        validation=validation,
-        parameters=parameters,
-        optimizer=build_optimizer(
-            config.optimizer,
-            parameters,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-        ),
-        loss_of=loss_of,
-        steps_per_epoch=math.ceil(len(dataset) / config.batch_size),
-        base_model=model.name_or_path,
-    )
-
-
-def _resume(run: _Run, resume_from: Path | str | None) -> Progress:
+def _resume(run: Run, resume_from: Path | str | None) -> Progress:
     """Go to the newest whole resume point, or to the beginning."""
     if resume_from is None:
         return Progress()
@@ -215,7 +137,7 @@ def _resume(run: _Run, resume_from: Path | str | None) -> Progress:
     return Progress()
 
 
-def _say_started(run: _Run, progress: Progress) -> None:
+def _say_started(run: Run, progress: Progress) -> None:
     device = run.model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -234,7 +156,7 @@ def _say_started(run: _Run, progress: Progress) -> None:
     )
 
 
-def _look_at_the_base(run: _Run, progress: Progress) -> None:
+def _look_at_the_base(run: Run, progress: Progress) -> None:
     """Measure the base model before it is adapted."""
     _validate(run, progress)
     if run.sample_prompts:
@@ -243,7 +165,7 @@ def _look_at_the_base(run: _Run, progress: Progress) -> None:
         run.sink(SamplesGenerated(0, "base", samples))
 
 
-def _step(run: _Run, window: Sequence[int], progress: Progress) -> None:
+def _step(run: Run, window: Sequence[int], progress: Progress) -> None:
     """One optimizer step over the examples of ``window``."""
     started = time.perf_counter()
     config = run.config
@@ -293,7 +215,7 @@ def _step(run: _Run, window: Sequence[int], progress: Progress) -> None:
     )
 
 
-def _accumulate(run: _Run, window: Sequence[int], n_trained: int) -> tuple[float, int, int]:
+def _accumulate(run: Run, window: Sequence[int], n_trained: int) -> tuple[float, int, int]:
     """Add up the gradients of a window; returns its summed loss, hits and real tokens.
 
     Every micro-batch's loss is divided by the trained tokens of the whole window, so that the
@@ -318,7 +240,7 @@ def _accumulate(run: _Run, window: Sequence[int], n_trained: int) -> tuple[float
 
 
 def _skip_step(
-    run: _Run, window: Sequence[int], progress: Progress, loss_sum: float, grad_norm: float
+    run: Run, window: Sequence[int], progress: Progress, loss_sum: float, grad_norm: float
 ) -> None:
     """Report a step whose loss or gradient is not a number; the adapter was not touched."""
     progress.not_finite_in_a_row += 1
@@ -338,7 +260,7 @@ def _skip_step(
         )
 
 
-def _end_epoch(run: _Run, progress: Progress) -> None:
+def _end_epoch(run: Run, progress: Progress) -> None:
     """Validate, keep the adapter, and write a resume point at the next epoch's start."""
     if progress.epoch_tokens:
         progress.train_loss = progress.epoch_loss_sum / progress.epoch_tokens
@@ -362,7 +284,7 @@ def _end_epoch(run: _Run, progress: Progress) -> None:
     _save_resume_point(run, progress)
 
 
-def _validate(run: _Run, progress: Progress) -> None:
+def _validate(run: Run, progress: Progress) -> None:
     if run.validation is None:
         return
     loss, accuracy = evaluate(
@@ -380,7 +302,7 @@ def _validate(run: _Run, progress: Progress) -> None:
     run.sink(ValidationMetrics(progress.step, loss, accuracy))
 
 
-def _save_adapter(run: _Run, folder: Path) -> None:
+def _save_adapter(run: Run, folder: Path) -> None:
     """Write the adapter with the tokenizer it was trained with."""
     with written_whole(folder) as unfinished:
         save_adapter(run.model, unfinished, base_model_name_or_path=run.base_model)
@@ -388,7 +310,7 @@ def _save_adapter(run: _Run, folder: Path) -> None:
             save_tokenizer_files(run.encoder.folder, unfinished)
 
 
-def _save_resume_point(run: _Run, progress: Progress) -> None:
+def _save_resume_point(run: Run, progress: Progress) -> None:
     folder = save_resume_point(
         run.output_dir / "resume",
         model=run.model,
@@ -399,7 +321,7 @@ def _save_resume_point(run: _Run, progress: Progress) -> None:
     run.sink(ResumePointSaved(progress.step, str(folder)))
 
 
-def _finish(run: _Run, progress: Progress) -> TrainResult:
+def _finish(run: Run, progress: Progress) -> TrainResult:
     adapter = run.output_dir / "adapter"
     _save_adapter(run, adapter)
     if run.sample_prompts:
