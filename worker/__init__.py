@@ -16,4 +16,8 @@ The parent never loads torch; only `worker.child`, which runs as its own process
     spawn.py       starting, signalling and ending child processes
     locks.py       what is held as long as a worker or its child lives
     gpu.py         which GPUs there are, without torch
+    probe.py       whether a kernel runs on them
+    sweep.py       disk that ended jobs no longer need
+    reasons.py     reasons to fail that parent and child share
+    context.py     what every part needs, and outlasting an outage
 """

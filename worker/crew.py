@@ -26,10 +26,12 @@ from worker.context import WorkerContext
 from worker.gpu import Gpu
 from worker.locks import Incarnations, Lock
 from worker.slot import Place, Slot
+from worker.sweep import sweep
 
 log = get_logger(__name__)
 
 _HEARTBEAT_S = 10.0
+_SWEEP_S = 3600.0
 _LAST_WORDS_S = 5.0
 """How long, after `stop_grace_s`, a stopping worker goes on trying to tell the database."""
 
@@ -137,10 +139,14 @@ class Crew:
         )
 
     def _beat(self) -> None:
-        """Sign in, again and again; and look whether workers of this host have died meanwhile."""
+        """Sign in, again and again; look whether workers of this host have died meanwhile; clear what jobs left."""
+        next_sweep = time.monotonic()
         while True:
             try:
                 self._bury_the_dead()
+                if time.monotonic() >= next_sweep:
+                    sweep(self.context)
+                    next_sweep = time.monotonic() + _SWEEP_S
                 with transaction(self.context.sessions) as session:
                     sign_in(
                         session,

@@ -203,6 +203,14 @@ def training_attempts_before(session: Session, job_id: str, attempt_no: int) -> 
     return session.scalars(statement).all()
 
 
+def ended_among(session: Session, job_ids: Sequence[str]) -> set[str]:
+    """Return which of these jobs have ended."""
+    statement = select(Job.id).where(
+        Job.id.in_(job_ids), Job.status.in_(("succeeded", "failed", "cancelled"))
+    )
+    return set(session.scalars(statement.limit(len(job_ids))))
+
+
 def told_lines(session: Session, job_id: str, attempt_no: int, first: int, last: int) -> set[int]:
     """Return which lines, from `first` to `last`, of an attempt's events.jsonl are events already."""
     statement = select(Event.line_no).where(

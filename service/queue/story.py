@@ -1,4 +1,4 @@
-"""A worker's additions to the job's story while an attempt runs."""
+"""What a worker adds to a job's story while an attempt runs, and what it asks about it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -69,3 +69,8 @@ def earlier_attempts(session: Session, fence: Fence) -> list[int]:
     """Return the numbers of the job's earlier training attempts, newest first."""
     attempts = repository.training_attempts_before(session, fence.job_id, fence.attempt_no)
     return [attempt.attempt_no for attempt in attempts]
+
+
+def ended_among(session: Session, job_ids: Sequence[str]) -> set[str]:
+    """Return which of these jobs have ended, so that nobody will take up their attempts."""
+    return repository.ended_among(session, job_ids)

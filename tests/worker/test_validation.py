@@ -51,18 +51,3 @@ def test_a_file_whose_bytes_are_gone_fails_the_job_by_name(
 
     assert job.error is not None
     assert (job.error["code"], job.error["param"]) == ("file_not_found", "training_file")
-
-
-def test_a_check_that_takes_too_long_or_too_much_is_ended_with_the_reason(
-    crew: Crew, submit: Submit, await_job: Await
-) -> None:
-    object.__setattr__(
-        crew.context, "settings", crew.context.settings.model_copy(update={"validate_time_s": 1})
-    )
-    job_id = submit(chat_lines(100_000))
-    crew.ring("validate")
-
-    job = await_job(job_id, "failed", timeout_s=30)
-
-    assert job.error is not None
-    assert job.error["code"] == "validation_timeout"

@@ -2,7 +2,7 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import pytest
-from sqlalchemy import func, update
+from sqlalchemy import func, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.db import transaction
@@ -107,9 +107,9 @@ def test_a_restarted_database_gives_every_lease_a_full_length_again(
     make_claim()
     end_lease(session, job_id, 3600)
     uptime_s = session.scalar(
-        func.extract("epoch", func.now() - func.pg_postmaster_start_time()).select()
+        text("SELECT extract(epoch FROM now() - pg_postmaster_start_time())::float8")
     )
-    longer_than_the_server_is_up = settings.model_copy(update={"lease_s": float(uptime_s) + 60})
+    longer_than_the_server_is_up = settings.model_copy(update={"lease_s": (uptime_s or 0) + 60})
 
     with transaction(sessions) as tx:
         kinds = reap(tx, longer_than_the_server_is_up)
