@@ -4,6 +4,7 @@ Nothing about their form is trusted: what is missing or of another type is None,
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,13 +22,22 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What the model said to one of the job's sample prompts; `question` is the prompt's last message."""
+
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class JobEvent:
-    """One event; `step` is there when it is of type `metrics`."""
+    """One event; `step` is there when it is of type `metrics`, `samples` when it brings any."""
 
     id: str
     level: str
     message: str
     step: Step | None
+    samples: tuple[Sample, ...] = ()
 
 
 def read_event(document: object) -> JobEvent | None:
@@ -37,11 +47,13 @@ def read_event(document: object) -> JobEvent | None:
     event = cast("dict[str, Any]", document)
     if not isinstance(event.get("message"), str):
         return None
+    data = _mapping(event.get("data"))
     return JobEvent(
         id=str(event.get("id") or ""),
         level=str(event.get("level") or "info"),
         message=event["message"],
-        step=_step(_mapping(event.get("data"))) if event.get("type") == "metrics" else None,
+        step=_step(data) if event.get("type") == "metrics" else None,
+        samples=tuple(_samples(data)) if data.get("kind") == "samples_generated" else (),
     )
 
 
@@ -55,6 +67,18 @@ def _step(data: dict[str, Any]) -> Step:
         tokens_per_s=_number(data.get("tokens_per_s")),
         memory_bytes=_first(memory.get("peak_bytes"), memory.get("rss_bytes")),
     )
+
+
+def _samples(data: dict[str, Any]) -> Iterator[Sample]:
+    for sample in map(_mapping, _list(data.get("samples"))):
+        messages = _list(sample.get("messages"))
+        question = _mapping(messages[-1]).get("content") if messages else None
+        if isinstance(question, str) and isinstance(sample.get("answer"), str):
+            yield Sample(question, sample["answer"])
+
+
+def _list(value: object) -> list[object]:
+    return cast("list[object]", value) if isinstance(value, list) else []
 
 
 def _mapping(value: object) -> dict[str, Any]:

@@ -86,6 +86,14 @@ def figures(step: Step) -> list[str]:
     return shown
 
 
+def message(event: JobEvent) -> str:
+    """An event's message, and below it each sample's question and answer."""
+    told = [event.message]
+    for sample in event.samples:
+        told += [f"  Q: {_indented(sample.question)}", f"  A: {_indented(sample.answer)}"]
+    return "\n".join(told)
+
+
 class LineDisplay:
     """One line per message, and per step as `LINE_EVERY_S` allows."""
 
@@ -102,7 +110,7 @@ class LineDisplay:
         """Print the event, unless it is a step too soon after another."""
         step = event.step
         if step is None:
-            output.say(event.message, style=_STYLES.get(event.level, ""))
+            output.say(message(event), style=_STYLES.get(event.level, ""))
             return
         now = time.monotonic()
         due = now - self._told_at >= LINE_EVERY_S or step.number == step.total
@@ -150,7 +158,7 @@ class BarDisplay:
         """Move the bar by a step's figures; print any other message above it."""
         step = event.step
         if step is None:
-            text = Text(output.plain(event.message), style=_STYLES.get(event.level, ""))
+            text = Text(output.plain(message(event)), style=_STYLES.get(event.level, ""))
             self._bar.console.print(text)
             return
         told = figures(step)
@@ -171,6 +179,10 @@ class BarDisplay:
     def trouble(self, message: str) -> None:
         """Print it above the bar."""
         self._bar.console.print(Text(message, style="yellow"))
+
+
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n     ")
 
 
 def _count(number: int | None) -> str:

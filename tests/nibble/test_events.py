@@ -1,6 +1,6 @@
 import pytest
 
-from nibble.events import JobEvent, Step, read_event
+from nibble.events import JobEvent, Sample, Step, read_event
 
 METRICS = {
     "id": "ftevent-1",
@@ -50,3 +50,17 @@ def test_a_message_has_no_figures() -> None:
 @pytest.mark.parametrize("document", [None, [], "text", 3, {}, {"message": 5}, {"id": "ftjob-1"}])
 def test_what_is_no_event_is_none(document: object) -> None:
     assert read_event(document) is None
+
+
+def test_samples_are_read_with_the_question_they_answer() -> None:
+    prompt = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is len?"},
+    ]
+    samples = [{"messages": prompt, "answer": "A function."}, {"messages": [], "answer": "x"}, 3]
+    data = {"kind": "samples_generated", "stage": "base", "samples": samples}
+
+    event = read_event({"message": "Samples generated", "type": "message", "data": data})
+
+    assert event is not None
+    assert event.samples == (Sample("What is len?", "A function."),)

@@ -57,7 +57,13 @@ def test_0_a_job_that_succeeded_with_its_adapter_unpacked(
     assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json"} <= {
         path.name for path in (tmp_path / "adapter").iterdir()
     }
-    for said in ("Fine-tuning job started", "Step 6/6: loss ", "tokens/s", "memory "):
+    for said in (
+        "Fine-tuning job started",
+        "Step 6/6: loss ",
+        "tokens/s",
+        "memory ",
+        "  Q: What comes after 3?",
+    ):
         assert said in result.stderr
 
 

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.text import Text
 
 from nibble import output
-from nibble.events import JobEvent, Step
+from nibble.events import JobEvent, Sample, Step
 from nibble.progress import BarDisplay, LineDisplay, figures, transfer
 
 
@@ -61,6 +61,18 @@ def test_without_a_terminal_a_transfer_says_nothing(capsys: pytest.CaptureFixtur
         told(1, 2)
 
     assert capsys.readouterr() == ("", "")
+
+
+def test_samples_are_shown_below_their_message(capsys: pytest.CaptureFixture[str]) -> None:
+    samples = (Sample("What is len?", "\nA function.\nOf one argument."),)
+
+    with LineDisplay() as display:
+        display.event(
+            JobEvent(id="1", level="info", message="By the base", step=None, samples=samples)
+        )
+
+    shown = "By the base\n  Q: What is len?\n  A: A function.\n     Of one argument.\n"
+    assert capsys.readouterr().err == shown
 
 
 def test_a_message_is_shown_without_what_would_steer_the_terminal(
