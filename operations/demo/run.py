@@ -15,7 +15,7 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from nibble import output
-from nibble.download import download
+from nibble.download import check_target, download
 from nibble.endings import Ending, ExitCode, guarded, refused
 from nibble.follow import Follower
 from nibble.progress import display
@@ -43,7 +43,7 @@ def demo(
     epochs: Annotated[int, typer.Option(min=1, max=50)] = 2,
     examples: Annotated[
         int, typer.Option(min=10, help="Train on so many examples at most.")
-    ] = 2000,
+    ] = 1600,
 ) -> None:
     """Fine-tune a small model on this Python's own documentation, and show what it learned.
 
@@ -121,7 +121,7 @@ def _walk(service: Service, files: DemoFiles, *, model: str, epochs: int) -> boo
             logs = service.settings.data_dir / "logs"
             raise Ending(ExitCode.FAILED, f"the job ended as {job.status}: {why} (logs: {logs})")
         outcome = read_outcome(_events(client, job.id))
-        folder = service.settings.data_dir / "adapters" / job.id
+        folder = check_target(service.settings.data_dir / "adapters" / job.id)
         adapter = download(client, job.id, folder, patience_s=_PATIENCE_S)
     _tell(outcome, job, folder, adapter, service.url)
     return outcome.improved
