@@ -1,5 +1,6 @@
 """spec.json in the engine's own terms."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,12 @@ def base_model(spec: dict[str, Any]) -> BaseModel:
     )
 
 
-def train_config(spec: dict[str, Any]) -> "TrainConfig":
-    """Return the engine's settings from the job's resolved hyperparameters and seed.
+_MICRO_BATCH_TOKENS = 4096
+_KEPT_ACTIVATIONS_BYTES = 1 << 30  # what a CPU's memory may spend to save a third of the time
+
+
+def train_config(spec: dict[str, Any], model_folder: Path) -> "TrainConfig":
+    """Return the engine's settings from the job's resolved hyperparameters and seed, and how to run them here.
 
     Raises:
         ConfigError: the engine refuses a value.
@@ -43,6 +48,9 @@ def train_config(spec: dict[str, Any]) -> "TrainConfig":
         context_length=resolved["context_length"],
         seed=spec["seed"],
         optimizer=resolved["optimizer"],
+        micro_batch_tokens=_MICRO_BATCH_TOKENS,
+        gradient_checkpointing=str(spec["device"]) != "cpu"
+        or activation_bytes(model_folder, _MICRO_BATCH_TOKENS) > _KEPT_ACTIVATIONS_BYTES,
         lora=LoraConfig(
             r=resolved["lora_r"],
             alpha=resolved["lora_alpha"],
@@ -50,3 +58,19 @@ def train_config(spec: dict[str, Any]) -> "TrainConfig":
             target_modules="all-linear" if targets == "all-linear" else tuple(targets),
         ),
     )
+
+
+def activation_bytes(model_folder: Path, tokens: int) -> int:
+    """Return about how many bytes a forward pass over `tokens` keeps in float32 when nothing is recomputed.
+
+    Per layer and token: some sixteen vectors of the hidden width (norms, projections, attention, residuals) and four
+    of the feed-forward's. A config that does not say its sizes counts as large.
+    """
+    config = json.loads((model_folder / "config.json").read_text())
+    config = config.get("text_config", config)
+    try:
+        hidden, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
+    except (KeyError, TypeError):
+        return _KEPT_ACTIVATIONS_BYTES + 1
+    feed_forward = int(config.get("intermediate_size") or 4 * hidden)
+    return 4 * tokens * layers * (16 * hidden + 4 * feed_forward)

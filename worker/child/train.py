@@ -51,8 +51,8 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         return wish.came
 
     device = str(spec["device"])
-    config = train_config(spec)
     model_folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
+    config = train_config(spec, model_folder)
     encoder = TextEncoder.from_folder(model_folder)
     dataset = load_dataset(
         Path(spec["training_file"]), encoder, context_length=config.context_length
@@ -71,7 +71,7 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         should_stop=should_stop,
         base_model_name_or_path=public_name(spec),
     )
-    return _as_result(folder, result)
+    return _as_result(folder, result, billable_tokens=sum(dataset.lengths) * config.n_epochs)
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -92,7 +92,9 @@ def _validation(spec: dict[str, Any], encoder: TextEncoder, context_length: int)
     return load_dataset(Path(spec["validation_file"]), encoder, context_length=context_length)
 
 
-def _as_result(folder: AttemptFolder, result: TrainResult) -> dict[str, Any]:
+def _as_result(
+    folder: AttemptFolder, result: TrainResult, *, billable_tokens: int
+) -> dict[str, Any]:
     versions = {name: version(name) for name in _PACKAGES}
     if result.stopped or result.adapter is None:
         return {"outcome": "stopped", "error": None, "versions": versions, "steps": result.steps}
@@ -101,7 +103,8 @@ def _as_result(folder: AttemptFolder, result: TrainResult) -> dict[str, Any]:
         "error": None,
         "versions": versions,
         "steps": result.steps,
-        "trained_tokens": result.trained_tokens,
+        # OpenAI's meaning, every token of every epoch; the metrics count those that carried loss.
+        "trained_tokens": billable_tokens,
         "train_loss": result.train_loss,
         "valid_loss": result.valid_loss,
         "adapter": str(result.adapter.relative_to(folder.path)),
