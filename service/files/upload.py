@@ -194,14 +194,15 @@ class FirstLine:
 
     def add(self, data: bytes) -> None:
         """Look at the next bytes of the file."""
-        while data and not self.is_whole:
-            line, newline, data = data.partition(b"\n")
-            self._line += line[: _MAX_FIRST_LINE_BYTES - len(self._line)]
-            if newline and not self._line.strip():
-                self._number += 1
-                self._line.clear()
-            else:
-                self.is_whole = bool(newline) or len(self._line) == _MAX_FIRST_LINE_BYTES
+        if self.is_whole:
+            return
+        if not self._line:  # blank lines go at once, however many: this is the event loop's time
+            rest = data.lstrip()
+            self._number += data.count(b"\n", 0, len(data) - len(rest))
+            data = rest
+        line, newline, _ = data.partition(b"\n")
+        self._line += line[: _MAX_FIRST_LINE_BYTES - len(self._line)]
+        self.is_whole = bool(newline) or len(self._line) == _MAX_FIRST_LINE_BYTES
 
     def check(self) -> None:
         """Raise InvalidRequest, in OpenAI's words, unless the line is a JSON object."""

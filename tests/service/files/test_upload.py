@@ -1,6 +1,7 @@
 """What an upload accepts, below HTTP: names, the first line, the disk's last bytes."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -38,6 +39,20 @@ def test_only_the_last_part_of_a_name_is_kept(sent: str, kept: str | None) -> No
         assert base_name(sent) == kept
 
 
+def test_a_megabyte_of_blank_lines_holds_nobody_up() -> None:
+    line = FirstLine()
+    started = time.process_time()
+
+    for _ in range(16):
+        line.add(b"\n" * 65_536)
+    took_s = time.process_time() - started
+    line.add(b"abc\n")
+
+    assert took_s < 0.5  # quadratic work took more than two seconds
+    with pytest.raises(InvalidRequest, match="Line 1048577 is not a dictionary"):
+        line.check()
+
+
 @pytest.mark.parametrize("piece", [1, 3, 1000])
 @pytest.mark.parametrize(
     ("content", "told"),
@@ -50,6 +65,7 @@ def test_only_the_last_part_of_a_name_is_kept(sent: str, kept: str | None) -> No
         (b"[]\n", 'Line 1 is not a dictionary (HINT: line starts with: "[]…")'),
         (b"\n\nabc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc…")'),
         (b"{'a': 1}\n", "Line 1 is not a dictionary"),
+        (b" \n \t\r\n  abc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc…")'),
         (b"   ", "Line 1 is not a dictionary"),
         (b"\n\n", "Line 3 is not a dictionary"),
     ],
