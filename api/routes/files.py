@@ -18,6 +18,7 @@ from service.db import transaction
 from service.errors import InvalidRequest, NotFound, StorageFull, TooLarge
 from service.files import actions
 from service.files.upload import UPLOAD_PURPOSES, UploadedFile
+from service.storage import BlobMissing
 from service.tables import File
 
 router = APIRouter(prefix="/files", tags=["Files"])
@@ -160,7 +161,10 @@ def get_file_content(
 ) -> StreamingResponse:
     """Download a file's bytes; results of jobs come base64-encoded, as from OpenAI."""
     file = actions.get_file(session, caller.project_id, file_id)
-    size = storage.size(file.blob_key)
+    try:
+        size = storage.size(file.blob_key)
+    except BlobMissing:
+        raise NotFound(f"The bytes of file {file_id} are not there any more.", param="id") from None
     content = storage.astream(file.blob_key)
     if file.purpose == actions.RESULTS_PURPOSE:
         content, size = _base64(content), 4 * -(-size // 3)

@@ -195,3 +195,12 @@ def test_a_row_that_cannot_be_written_leaves_no_blob(
 
     assert answer.status_code == 500
     assert blobs_of(settings) == []
+
+
+def test_a_file_whose_bytes_are_lost_is_a_404(client: OpenAI, settings: Settings) -> None:
+    file = client.files.create(file=("a.jsonl", CHAT_LINE), purpose="fine-tune")
+    for blob in blobs_of(settings):
+        blob.unlink()
+
+    with pytest.raises(openai.NotFoundError, match="not there any more"):
+        client.files.content(file.id)
