@@ -137,7 +137,9 @@ def _seq(last_event_id: str | None) -> int:
     if last_event_id is None or not last_event_id.strip():
         return 0
     text = last_event_id.strip()
-    if not (text.isascii() and text.isdecimal()) or int(text[:20]) > _MAX_SEQ:
+    # Its length first: to read a number of thousands of digits is an error of its own.
+    is_number = text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_SEQ))
+    if not is_number or int(text) > _MAX_SEQ:
         raise InvalidRequest(
             "The Last-Event-ID header must be the id of an event of this stream, a whole number.",
             param="Last-Event-ID",
