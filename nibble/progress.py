@@ -1,5 +1,6 @@
 """A job's progress on stderr: a bar with its last figures on a terminal, plain lines elsewhere (CI logs)."""
 
+import textwrap
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from nibble.events import JobEvent, Step
 
 LINE_EVERY_S = 5.0
 """Plain lines tell of a step at most so often; validations, the first and the last step always."""
+SAMPLE_CHARACTERS = 300
+"""So much is shown of a sample's question and of its answer."""
 
 _STYLES = {"warn": "yellow", "error": "red"}
 
@@ -90,7 +93,7 @@ def message(event: JobEvent) -> str:
     """An event's message, and below it each sample's question and answer."""
     told = [event.message]
     for sample in event.samples:
-        told += [f"  Q: {_indented(sample.question)}", f"  A: {_indented(sample.answer)}"]
+        told += [f"  Q: {_one_line(sample.question)}", f"  A: {_one_line(sample.answer)}"]
     return "\n".join(told)
 
 
@@ -181,8 +184,9 @@ class BarDisplay:
         self._bar.console.print(Text(message, style="yellow"))
 
 
-def _indented(text: str) -> str:
-    return text.strip().replace("\n", "\n     ")
+def _one_line(text: str) -> str:
+    """The beginning of a text, on one line; the whole of it is in the event."""
+    return textwrap.shorten(text, SAMPLE_CHARACTERS, placeholder=" …")
 
 
 def _count(number: int | None) -> str:

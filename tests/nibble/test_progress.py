@@ -64,15 +64,19 @@ def test_without_a_terminal_a_transfer_says_nothing(capsys: pytest.CaptureFixtur
 
 
 def test_samples_are_shown_below_their_message(capsys: pytest.CaptureFixture[str]) -> None:
-    samples = (Sample("What is len?", "\nA function.\nOf one argument."),)
+    samples = (Sample("What is len?", "\nA function.\nOf one argument." + " More." * 90),)
 
     with LineDisplay() as display:
         display.event(
             JobEvent(id="1", level="info", message="By the base", step=None, samples=samples)
         )
 
-    shown = "By the base\n  Q: What is len?\n  A: A function.\n     Of one argument.\n"
-    assert capsys.readouterr().err == shown
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["By the base", "  Q: What is len?"]
+    assert lines[2].startswith("  A: A function. Of one argument. More. More.")
+    assert lines[2].endswith(" …")
+    assert len(lines[2]) <= 305
+    assert len(lines) == 3
 
 
 def test_a_message_is_shown_without_what_would_steer_the_terminal(
