@@ -7,6 +7,7 @@ the slot's children: they die with the thread that started them.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -23,6 +24,10 @@ from worker.supervisor import Supervisor
 
 log = get_logger(__name__)
 
+ENGINE_MISSING = (
+    "This worker cannot train, since the engine is not installed: pip install 'nibble[engine]', or set"
+    " NIBBLE_TRAIN_SLOTS=0 where it is only to validate."
+)
 _BUSY_GPU_S = 5.0
 
 
@@ -101,7 +106,7 @@ class Slot:
 
     def _run(self) -> None:
         try:
-            if self._hold_gpu() and self._gpu_works():
+            if self._hold_gpu() and self._can_work():
                 self._look_for_work()
         finally:
             if self._spare is not None:
@@ -122,13 +127,14 @@ class Slot:
         self._gpu_lock = lock
         return True
 
-    def _gpu_works(self) -> bool:
-        """Try a kernel on the slot's GPU; where that fails, say what to install and take no work."""
-        if self._place.gpu is None:
-            return True
-        self._problem = why_unusable(child_environment() | self._place.environment)
+    def _can_work(self) -> bool:
+        """Look whether the engine is here, and try a kernel on the slot's GPU; else say what to install."""
+        if self._place.kind == "train" and find_spec("torch") is None:
+            self._problem = ENGINE_MISSING
+        elif self._place.gpu is not None:
+            self._problem = why_unusable(child_environment() | self._place.environment)
         if self._problem is not None:
-            log.error("gpu_unusable", gpu=self._place.gpu.uuid, reason=self._problem)
+            log.error("slot_unusable", slot=self._thread.name, reason=self._problem)
         return self._problem is None
 
     def _look_for_work(self) -> None:

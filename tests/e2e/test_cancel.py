@@ -23,7 +23,7 @@ def test_cancelled_while_queued_running_and_validating(service: Deployment, user
     assert time.monotonic() - started < 3  # it looks for wishes every 0.7 s and leaves within 0.5 s
     assert training not in {child.pid for child in children_of(service.processes[-1])}
 
-    many = chat_file(60_000)  # takes seconds to check
+    many = chat_file(30_000)  # takes seconds to check
     validating = user.submit(many)
     user.wait_for_message(validating, "Validating training file")
     user.jobs.cancel(validating)

@@ -132,11 +132,11 @@ def await_job(sessions: sessionmaker[Session]) -> Await:
                 job = session.get_one(Job, job_id)
                 if until(job) if until is not None else job.status in wanted:
                     return job
-                if time.monotonic() > deadline:
+                if job.finished_at is not None or time.monotonic() > deadline:
                     told = session.scalars(
                         select(Event.message).where(Event.job_id == job_id).order_by(Event.seq)
                     ).all()
-                    pytest.fail(f"{job_id} is {job.status} after {timeout_s} s: {told}")
+                    pytest.fail(f"{job_id} is {job.status}, {job.error}: {told}")
             time.sleep(0.05)
 
     return wait

@@ -72,10 +72,11 @@ def test_a_step_is_in_the_database_within_a_second(
             now = clock.now()
             for seq, created_at in events:
                 delays_s.setdefault(seq, (now - created_at).total_seconds())
-            return session.get_one(Job, job_id).status == "succeeded"
+            return session.get_one(Job, job_id).finished_at is not None
 
     wait_until(is_done, timeout_s=60)
 
+    assert await_job(job_id, "succeeded").error is None
     assert len(delays_s) == 12
     assert max(delays_s.values()) < 1.0
 
