@@ -30,6 +30,7 @@ def connect(settings: Settings, *, pool_size: int = 10) -> Engine:
         settings.database_url.get_secret_value(),
         pool_size=pool_size,
         max_overflow=pool_size,
+        hide_parameters=True,  # errors end in logs, where training data have no business
         pool_pre_ping=True,  # a restarted server costs a new connection, not a failed request
         connect_args={
             "connect_timeout": 5,
