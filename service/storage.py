@@ -177,10 +177,13 @@ class Storage:
         if self._folder is None:
             return 0
         limit = time.time() - older_than_s
-        stale = [p for p in (self._folder / _PARTIAL).iterdir() if p.stat().st_mtime < limit]
-        for path in stale:
-            path.unlink(missing_ok=True)
-        return len(stale)
+        swept = 0
+        for path in (self._folder / _PARTIAL).iterdir():
+            with suppress(FileNotFoundError):  # another process has just made a blob of it
+                if path.stat().st_mtime < limit:
+                    path.unlink()
+                    swept += 1
+        return swept
 
 
 class _LocalWriter:

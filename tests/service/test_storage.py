@@ -226,3 +226,11 @@ def test_only_what_was_cut_off_long_ago_is_swept(tmp_path: Path) -> None:
     swept = storage.sweep(older_than_s=50)
 
     assert (swept, list(partial.iterdir())) == (1, [new])
+
+
+def test_what_goes_while_it_is_looked_at_is_nothing_to_sweep(tmp_path: Path) -> None:
+    storage = local(tmp_path)
+    partial = tmp_path / "blobs" / ".partial"
+    (partial / "renamed-meanwhile").symlink_to(partial / "gone")  # listed, but not there any more
+
+    assert storage.sweep(older_than_s=0) == 0
