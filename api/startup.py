@@ -1,7 +1,7 @@
 """What the API's process does beside requests: the first key, the queue's loops, files that are due to go.
 
-The database may not be there yet, or be without tables, when the process starts: the first key is then made as soon as
-it is, and `/readyz` says until then what is missing.
+The database may not be there yet, or be without tables, or the data folder full, when the process starts: the first key
+is then made as soon as it can be, and `/readyz` says until then what is missing.
 """
 
 import threading
@@ -45,8 +45,8 @@ def _set_up(state: State) -> bool:
     try:
         with transaction(state.sessions) as session:
             path = ensure_first_key(session, state.settings)
-    except SQLAlchemyError as error:
-        log.warning("database_not_ready", reason=str(error).split("\n", 1)[0])
+    except (SQLAlchemyError, OSError) as error:  # no database yet, or no room for the key's file
+        log.warning("first_key_not_made", reason=str(error).split("\n", 1)[0])
         return False
     log.info("first_key_kept", path=str(path))
     state.is_set_up.set()

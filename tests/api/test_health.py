@@ -67,6 +67,18 @@ def test_an_old_schema_is_not_ready_and_the_first_key_follows_the_migrations(
     assert empty.first_key_file.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_key_file_that_cannot_be_written_is_made_as_soon_as_it_can(settings: Settings) -> None:
+    settings.first_key_file.mkdir(parents=True)  # in the file's place
+
+    with serve(settings) as url:
+        before = httpx2.get(f"{url}/readyz")
+        settings.first_key_file.rmdir()
+        wait_until(lambda: httpx2.get(f"{url}/readyz").status_code == 200)
+
+    assert before.status_code == 503
+    assert "not made yet" in before.json()["checks"]["first_key"]
+
+
 def test_every_answer_has_openai_s_headers(http: httpx2.Client) -> None:
     answers = [http.get("/v1/models"), http.get("/v1/nothing"), http.get("/healthz")]
 
