@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -9,6 +10,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import CallerDep, SessionDep, State, StateDep, StorageDep
 from api.errors import errors
@@ -117,7 +119,10 @@ def _register(
             )
             return FileOut.of(file)
     except BaseException:
-        state.storage.delete(uploaded.blob_key)
+        # A commit whose answer was lost may have been made: only what is surely in no row goes.
+        with suppress(SQLAlchemyError), transaction(state.sessions) as session:
+            if not actions.is_registered(session, project_id, uploaded.file_id):
+                state.storage.delete(uploaded.blob_key)
         raise
 
 

@@ -120,6 +120,11 @@ def register_uploaded(
     return file
 
 
+def is_registered(session: Session, project_id: str, file_id: str) -> bool:
+    """Say whether a file has been entered, whatever became of it afterwards."""
+    return repository.has_row(session, project_id, file_id)
+
+
 def register_produced(
     session: Session,
     project_id: str,

@@ -29,6 +29,12 @@ def insert(session: Session, file: File) -> None:
     session.flush()
 
 
+def has_row(session: Session, project_id: str, file_id: str) -> bool:
+    """Say whether the project has a file of this id, visible or not."""
+    statement = select(File.id).where(File.project_id == project_id, File.id == file_id)
+    return session.execute(statement).first() is not None
+
+
 def page(
     session: Session,
     project_id: str,

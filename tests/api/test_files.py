@@ -10,7 +10,8 @@ import httpx2
 import openai
 import pytest
 from openai import OpenAI
-from sqlalchemy import text, update
+from sqlalchemy import event, select, text, update
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from service import clock
@@ -19,7 +20,7 @@ from service.settings import Settings
 from service.storage import Storage
 from service.tables import DEFAULT_PROJECT, File
 from tests.api import forms
-from tests.api.conftest import CHAT_LINE, blobs_of
+from tests.api.conftest import CHAT_LINE, blobs_of, serve
 
 
 @pytest.fixture
@@ -204,3 +205,33 @@ def test_a_file_whose_bytes_are_lost_is_a_404(client: OpenAI, settings: Settings
 
     with pytest.raises(openai.NotFoundError, match="not there any more"):
         client.files.content(file.id)
+
+
+def test_a_row_whose_commit_was_made_but_not_answered_keeps_its_bytes(
+    settings: Settings, session: Session
+) -> None:
+    def lose(committed: Session) -> None:
+        if committed.info.pop("file", False):
+            raise OperationalError("COMMIT", None, ConnectionError("the answer was lost"))
+
+    def note(flushed: Session, *_: object) -> None:
+        flushed.info["file"] = any(isinstance(row, File) for row in flushed.new)
+
+    event.listen(Session, "before_flush", note)
+    event.listen(Session, "after_commit", lose)
+    try:
+        with serve(settings) as url:
+            key = settings.first_key_file.read_text().strip()
+            answer = httpx2.post(
+                f"{url}/v1/files",
+                files={"file": ("a.jsonl", CHAT_LINE)},
+                data={"purpose": "fine-tune"},
+                headers={"authorization": f"Bearer {key}"},
+            )
+    finally:
+        event.remove(Session, "before_flush", note)
+        event.remove(Session, "after_commit", lose)
+
+    assert answer.status_code == 503
+    assert session.scalar(select(File.bytes)) == len(CHAT_LINE)
+    assert [blob.read_bytes() for blob in blobs_of(settings)] == [CHAT_LINE]
