@@ -6,7 +6,7 @@ processes it starts get both through their environment.
 
 from pathlib import Path
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -45,6 +45,7 @@ class Settings(BaseSettings):
 
     lease_s: float = Field(default=120.0, gt=0)
     renew_s: float = Field(default=15.0, gt=0)
+    """At most a third of the lease: it must outlive two renewals that fail."""
     poll_s: float = Field(default=30.0, gt=0)
     """How often a worker looks for work without being kicked."""
     reap_s: float = Field(default=10.0, gt=0)
@@ -70,6 +71,14 @@ class Settings(BaseSettings):
             if url.startswith(scheme):
                 url = "postgresql+psycopg://" + url.removeprefix(scheme)
         return SecretStr(url)
+
+    @field_validator("renew_s")
+    @classmethod
+    def _in_time(cls, value: float, info: ValidationInfo) -> float:
+        lease_s = info.data.get("lease_s", value * 3)  # absent: itself refused
+        if value * 3 > lease_s:
+            raise ValueError(f"must be at most a third of lease_s, which is {lease_s:g}")
+        return value
 
     @field_validator("data_dir", "models_file")
     @classmethod
