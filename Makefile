@@ -53,5 +53,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "$(PYTHON) has no venv: install it (Debian and Ubuntu: apt-get install python3-venv)."; exit 1; } >&2
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV); the first time downloads about 1 GB (more with a GPU build of torch)."
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,engine,dev]'
+	@began=$$(date +%s); \
+		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,engine,dev]' && \
+		echo "Installed in $$(( $$(date +%s) - began )) s."
 	@touch $@
