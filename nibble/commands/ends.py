@@ -1,6 +1,7 @@
 """What `jobs create --wait` and `jobs watch` share: following a job, showing it, ending as it ended."""
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -106,9 +107,17 @@ def _error(document: dict[str, Any]) -> str | None:
     """Why the job failed, what helps, and the first bad lines of its file."""
     error = cast("dict[str, Any]", document.get("error") or {})
     told = [str(error[part]) for part in ("message", "hint") if error.get(part)]
-    report = cast("dict[str, Any]", document.get("dataset_report") or {})
-    lines = cast("list[dict[str, Any]]", report.get("errors") or [])
-    told += [str(line.get("message")) for line in lines[:_BAD_LINES]]
+    lines = list(_bad_lines(cast("dict[str, Any]", document.get("dataset_report") or {})))
+    told += lines[:_BAD_LINES]
     if len(lines) > _BAD_LINES:
         told.append(f"… and more bad lines: nibble jobs get {document.get('id')} --json")
     return "\n  ".join(told) or None
+
+
+def _bad_lines(report: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each bad line of the training file, then of the validation file."""
+    for param in ("training_file", "validation_file"):
+        found = cast("dict[str, Any]", report.get(param) or {})
+        for line in cast("list[dict[str, Any]]", found.get("errors") or []):
+            name = param.replace("_", " ").capitalize()
+            yield f"{name}, line {line.get('line')}: {line.get('message')}"

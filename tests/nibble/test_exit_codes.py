@@ -79,8 +79,9 @@ def test_1_a_job_that_failed_with_every_bad_line(
 
     assert result.exit_code == 1, result.stderr
     assert "status:          failed" in result.stdout
-    assert "3" in result.stdout.partition("error:")[2]
-    assert "7" in result.stdout.partition("error:")[2]
+    told = result.stdout.partition("error:")[2]
+    assert "Training file, line 3: " in told
+    assert "Training file, line 7: " in told
 
 
 def test_3_a_job_that_was_cancelled(
