@@ -52,7 +52,7 @@ def prepare(
     device: str,
     give_up: threading.Event,
 ) -> None:
-    """Fill the attempt's folder: its inputs and spec.json.
+    """Fill the attempt's folder, which is there: its inputs and spec.json.
 
     Raises:
         InputsMissing: a file's bytes are gone, or the model is not in the catalog any more.
@@ -60,7 +60,6 @@ def prepare(
         Fenced, GivenUp
     """
     job = claim.job
-    folder.create()
     model = context.catalog.get(job.model)
     if model is None:
         raise InputsMissing(

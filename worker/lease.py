@@ -77,7 +77,8 @@ class LeaseKeeper:
     def stop(self) -> None:
         """End. A renewal that hangs is left to itself: the fence makes it harmless."""
         self._stopping.set()
-        self._thread.join(timeout=1)
+        if self._thread.is_alive():  # one that was never started has ended, too
+            self._thread.join(timeout=1)
 
     def _run(self) -> None:
         poll_s = min(_LONGEST_POLL_S, self._renew_s)

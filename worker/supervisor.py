@@ -77,8 +77,6 @@ class Supervisor:
     def run(self) -> None:
         """Run the attempt to its end and write what came of it. Nothing is written once the job is another's."""
         try:
-            self._folder.create()
-            self._keeper.start()
             verdict = self._prepare() or self._train_or_validate()
             if verdict is not None:
                 self._conclude(verdict)
@@ -91,8 +89,10 @@ class Supervisor:
             self._keeper.stop()
 
     def _prepare(self) -> Verdict | None:
-        """Fetch what the child needs; a verdict if that already decides the attempt."""
+        """Begin to renew, and fetch what the child needs; a verdict if that already decides the attempt."""
         try:
+            self._folder.create()
+            self._keeper.start()
             prepare(
                 self._context,
                 self._claim,
@@ -228,4 +228,4 @@ def _no_room_or_no_answer(error: Exception) -> Verdict:
     if isinstance(error, AdapterIncomplete):
         reason = {"code": "adapter_incomplete", "message": str(error), "param": None}
         return Verdict("failed", error=reason)
-    return Verdict("requeue", lost=True, reason=f"the file storage failed: {error}")
+    return Verdict("requeue", lost=True, reason=f"its files could not be read or written: {error}")

@@ -39,6 +39,20 @@ def test_long_examples_are_cut_and_counted_aloud(
     assert [event.data["kind"] for event in warnings if event.data] == ["truncated"]
 
 
+def test_a_disk_that_takes_no_folder_costs_attempts_and_not_their_leases(
+    crew: Crew, submit: Submit, await_job: Await
+) -> None:
+    crew.context.settings.attempts_dir.write_bytes(b"")  # a file in the folders' place
+    job_id = submit(chat_lines(12))
+    crew.ring("validate")
+
+    job = await_job(job_id, "failed", timeout_s=30)
+
+    assert job.error is not None
+    assert job.error["code"] == "worker_lost"
+    assert "attempts" in job.error["message"]
+
+
 def test_a_file_whose_bytes_are_gone_fails_the_job_by_name(
     crew: Crew, submit: Submit, await_job: Await, settings: object
 ) -> None:
