@@ -6,7 +6,6 @@ import socket
 import sys
 
 import uvicorn
-from pydantic import ValidationError
 
 from api.main import create_app
 from service import logging
@@ -14,7 +13,7 @@ from service.db import DatabaseUrlMissing
 from service.events.feed import Feed
 from service.models.catalog import CatalogError
 from service.queue.broker import RedisUrlMissing
-from service.settings import Settings
+from service.settings import read_settings
 from service.storage import StorageUrlInvalid
 
 _GRACE_S = 5
@@ -25,11 +24,9 @@ _NOT_STARTED = 3
 def main() -> None:
     """Read the settings, make the application, serve it."""
     try:
-        settings = Settings()
+        settings = read_settings()
         logging.configure(settings.log_level)
         app = create_app(settings)
-    except ValidationError as error:
-        sys.exit(f"nibble api: {_setting_problems(error)}")
     except (
         DatabaseUrlMissing,
         RedisUrlMissing,
@@ -68,14 +65,6 @@ class _Server(uvicorn.Server):
         """Stop serving."""
         await self._feed.close()
         await super().shutdown(sockets)
-
-
-def _setting_problems(error: ValidationError) -> str:
-    # Without the values: one of them is a password.
-    return "; ".join(
-        f"NIBBLE_{'_'.join(str(part) for part in problem['loc']).upper()}: {problem['msg']}"
-        for problem in error.errors(include_input=False, include_url=False)
-    )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service import db
 from service.queue.workers import is_alive
-from service.settings import Settings
+from service.settings import Settings, SettingsInvalid, read_settings
 
 WORKER_SILENCE_S = 45.0
 """A worker signs in every ten seconds."""
@@ -54,7 +54,10 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in parts:
         print("usage: python -m operations.health api|worker", file=sys.stderr)
         return 2
-    problem = parts[arguments[0]](Settings())
+    try:
+        problem = parts[arguments[0]](read_settings())
+    except (SettingsInvalid, db.DatabaseUrlMissing) as error:
+        problem = str(error)
     print(problem or "ok")
     return 1 if problem else 0
 

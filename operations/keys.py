@@ -13,10 +13,11 @@ from nibble import output
 from nibble.commands.options import Json
 from nibble.endings import Ending, ExitCode, guarded, refused
 from operations.embedded import postgres
-from operations.up import DataDir, read_settings
+from operations.up import DataDir
 from service import clock, db
 from service.errors import ServiceError
 from service.keys.actions import create_key, revoke_key
+from service.settings import SettingsInvalid, read_settings
 from service.tables import DEFAULT_PROJECT
 
 app = typer.Typer(help="API keys.", no_args_is_help=True)
@@ -64,7 +65,10 @@ def revoke(
 @contextmanager
 def _transaction(data_dir: DataDir) -> Generator[Session]:
     """One transaction over the database of NIBBLE_DATABASE_URL, or of the service that runs over the data folder."""
-    settings = read_settings(data_dir=data_dir)
+    try:
+        settings = read_settings(data_dir=data_dir)
+    except SettingsInvalid as error:
+        raise refused(str(error)) from error
     if settings.database_url is None:
         url = postgres.running_url(settings.data_dir)
         if url is None:

@@ -16,7 +16,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
 from service.db import DatabaseUrlMissing, connect
-from service.settings import Settings
+from service.settings import Settings, SettingsInvalid, read_settings
 
 
 class MigrationError(RuntimeError):
@@ -73,7 +73,7 @@ def _config(engine: Engine) -> Config:
 
 
 def _main() -> None:
-    settings = Settings()
+    settings = read_settings()
     if settings.database_url is None:
         raise DatabaseUrlMissing(
             "NIBBLE_DATABASE_URL is not set: set it to the database to migrate"
@@ -85,5 +85,5 @@ def _main() -> None:
 if __name__ == "__main__":
     try:
         _main()
-    except (DatabaseUrlMissing, MigrationError) as error:
+    except (SettingsInvalid, DatabaseUrlMissing, MigrationError) as error:
         sys.exit(str(error))

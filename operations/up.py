@@ -3,14 +3,13 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
 from operations.launch import LaunchError, Service
 from operations.stopping import Stopped, stop_on_signals
-from service.settings import Settings
+from service.settings import SettingsInvalid, read_settings
 
 _LOOK_EVERY_S = 0.5
 
@@ -37,7 +36,7 @@ def up(
         with Service(settings, say=say, worker=worker) as service:
             say(_greeting(service))
             _stay(service)
-    except LaunchError as error:
+    except (LaunchError, SettingsInvalid) as error:
         say(f"Error: {error}")
         raise typer.Exit(1) from None
     except Stopped:
@@ -52,23 +51,6 @@ def _stay(service: Service) -> None:
     except Stopped:
         say("Stopping …")
         raise
-
-
-def read_settings(
-    *, data_dir: Path | None = None, host: str | None = None, port: int | None = None
-) -> Settings:
-    """Return the settings, with those of the command line (None: not given) before the variables.
-
-    Raises:
-        LaunchError: a variable has a value that cannot be.
-    """
-    given: dict[str, Any] = {"data_dir": data_dir, "host": host, "port": port}
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = f"NIBBLE_{'_'.join(str(part) for part in first['loc'])}".upper()
-        raise LaunchError(f"{name}: {first['msg']}") from error
 
 
 def say(message: str) -> None:

@@ -5,9 +5,17 @@ processes it starts get both through their environment.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_BROKERS = ("redis://", "rediss://", "redis+socket://")
 
 
 def _data_home() -> Path:
@@ -70,7 +78,22 @@ class Settings(BaseSettings):
         for scheme in ("postgresql://", "postgres://"):
             if url.startswith(scheme):
                 url = "postgresql+psycopg://" + url.removeprefix(scheme)
+        try:
+            driver = make_url(url).drivername
+        except (ArgumentError, ValueError):
+            raise ValueError("is no database's URL; write postgresql://…") from None
+        if driver != "postgresql+psycopg":
+            raise ValueError("must name a PostgreSQL: postgresql://…")
         return SecretStr(url)
+
+    @field_validator("redis_url")
+    @classmethod
+    def _broker(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().startswith(_BROKERS):
+            raise ValueError(
+                "must name a Redis or Valkey: redis://…, rediss://…, redis+socket:///path"
+            )
+        return value
 
     @field_validator("renew_s")
     @classmethod
@@ -99,3 +122,27 @@ class Settings(BaseSettings):
     def first_key_file(self) -> Path:
         """Where the first API key is kept, mode 0600."""
         return self.data_dir / "first-api-key"
+
+
+class SettingsInvalid(ValueError):
+    """A setting has a value that cannot be; the message names the variable, and never the value."""
+
+
+def read_settings(**given: object) -> Settings:
+    """Return the settings, with `given` ones (None: not given) before the variables.
+
+    Raises:
+        SettingsInvalid: a value cannot be.
+    """
+    try:
+        values: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        return Settings(**values)
+    except ValidationError as error:
+        problems = error.errors(include_input=False, include_url=False)
+    # Without the error itself: it quotes values, and one of them is a password.
+    raise SettingsInvalid("; ".join(map(_sentence, problems)))
+
+
+def _sentence(problem: "ErrorDetails") -> str:
+    variable = "_".join(str(part) for part in problem["loc"]).upper()
+    return f"NIBBLE_{variable}: {problem['msg'].removeprefix('Value error, ')}"

@@ -6,7 +6,7 @@ from service import logging
 from service.db import DatabaseUrlMissing
 from service.models.catalog import CatalogError
 from service.queue.broker import RedisUrlMissing
-from service.settings import Settings
+from service.settings import read_settings
 from service.storage import StorageUrlInvalid
 from worker.app import listen, make_worker_app
 from worker.crew import Crew
@@ -14,8 +14,8 @@ from worker.crew import Crew
 
 def main() -> None:
     """Read the settings, start the slots, listen."""
-    settings = Settings()
     try:
+        settings = read_settings()
         logging.configure(settings.log_level)
         crew = Crew(settings)
         app = make_worker_app(settings, crew)

@@ -25,9 +25,9 @@ from operations.demo.docstrings import DemoFiles, DocstringSourceError, write_de
 from operations.demo.outcome import Outcome, read_outcome
 from operations.launch import LaunchError, Service
 from operations.stopping import Stopped, stop_on_signals
-from operations.up import read_settings, say
+from operations.up import say
 from service.models.catalog import Catalog, CatalogError
-from service.settings import Settings
+from service.settings import Settings, SettingsInvalid, read_settings
 
 _LOOK_EVERY_S = 0.2
 _PATIENCE_S = 60.0
@@ -70,9 +70,11 @@ def demo(
 
 def _settings(data_dir: Path) -> Settings:
     """Servers, storage and port of the demo's own, whatever else is configured on this machine."""
-    own = read_settings(data_dir=data_dir, host="127.0.0.1", port=0).model_copy(
-        update={"database_url": None, "redis_url": None, "storage_url": None}
-    )
+    try:
+        given = read_settings(data_dir=data_dir, host="127.0.0.1", port=0)
+    except SettingsInvalid as error:
+        raise refused(str(error)) from error
+    own = given.model_copy(update={"database_url": None, "redis_url": None, "storage_url": None})
     return own.model_copy(update={"storage_url": own.blobs_url})
 
 
