@@ -12,8 +12,16 @@ from tests.installation.conftest import ROOT
 
 
 def _make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # The suite may run under a make itself, whose flags would reach this one.
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
     return subprocess.run(
-        ["make", *arguments], cwd=folder, capture_output=True, text=True, timeout=60
+        ["make", *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 
