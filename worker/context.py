@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.db import transaction
@@ -45,8 +46,10 @@ class GivenUp(Exception):
     """The database did not answer as long as there was time to wait for it."""
 
 
-def is_outage(error: DBAPIError) -> bool:
+def is_outage(error: DBAPIError | PoolTimeout) -> bool:
     """Tell whether the database is away, which passes, from a statement that it refuses, which does not."""
+    if isinstance(error, PoolTimeout):  # every connection waits for a server that hangs
+        return True
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
 
 
@@ -65,7 +68,7 @@ def outlast(act: Callable[[], T], *, wait: Callable[[float], bool], longest_s: f
     while True:
         try:
             return act()
-        except DBAPIError as error:
+        except (DBAPIError, PoolTimeout) as error:
             if not is_outage(error):
                 raise
             if wait(pause_s):
