@@ -134,34 +134,35 @@ def create(
     labels = pairs("--metadata", metadata or ())
     target = check_target(download) if download else None
     local = [_local(argument) for argument in (train, validation)]
-    client = connect(base_url)
-    if any(local):
-        client.models.retrieve(model)  # a wrong key or model is told before anything is uploaded
-    try:
-        ids = [
-            upload(client, path).id if path else argument
-            for path, argument in zip(local, (train, validation), strict=True)
-        ]
-        submission = Submission(
-            model=model,
-            training_file=ids[0] or "",
-            validation_file=ids[1],
-            suffix=suffix,
-            seed=seed,
-            hyperparameters=chosen,
-            metadata=labels,
-            sample_prompts=tuple(sample_prompt or ()),
-        )
-        job = submit(client, submission)
-    except KeyboardInterrupt as interrupt:
-        output.say("Interrupted before the job's id was known; look with: nibble jobs list")
-        raise typer.Exit(exit_code_of(interrupt)) from None
-    output.say(f"Created {job.id}.")
-    if wait or target:
-        _see_through(client, job, target, patience_s=timeout, json=json)
-        return
-    show_job(job, json=json)
-    output.say(f"Watch it with: nibble jobs watch {job.id}")
+    with connect(base_url) as client:
+        if any(local):
+            # A wrong key or model is told before anything is uploaded.
+            client.models.retrieve(model)
+        try:
+            ids = [
+                upload(client, path).id if path else argument
+                for path, argument in zip(local, (train, validation), strict=True)
+            ]
+            submission = Submission(
+                model=model,
+                training_file=ids[0] or "",
+                validation_file=ids[1],
+                suffix=suffix,
+                seed=seed,
+                hyperparameters=chosen,
+                metadata=labels,
+                sample_prompts=tuple(sample_prompt or ()),
+            )
+            job = submit(client, submission)
+        except KeyboardInterrupt as interrupt:
+            output.say("Interrupted before the job's id was known; look with: nibble jobs list")
+            raise typer.Exit(exit_code_of(interrupt)) from None
+        output.say(f"Created {job.id}.")
+        if wait or target:
+            _see_through(client, job, target, patience_s=timeout, json=json)
+            return
+        show_job(job, json=json)
+        output.say(f"Watch it with: nibble jobs watch {job.id}")
 
 
 def _see_through(

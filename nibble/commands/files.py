@@ -27,15 +27,15 @@ def upload_files(
     """Upload files and print their ids."""
     for path in paths:
         check_local(path)
-    client = connect(base_url)
-    uploaded = [upload(client, path, purpose=purpose) for path in paths]
-    if json:
-        output.print_json(
-            {"object": "list", "data": [file.to_dict(mode="json") for file in uploaded]}
-        )
-        return
-    for file in uploaded:
-        output.print_result(file.id)
+    with connect(base_url) as client:
+        uploaded = [upload(client, path, purpose=purpose) for path in paths]
+        if json:
+            output.print_json(
+                {"object": "list", "data": [file.to_dict(mode="json") for file in uploaded]}
+            )
+            return
+        for file in uploaded:
+            output.print_result(file.id)
 
 
 @app.command("list")
@@ -50,19 +50,21 @@ def list_files(
     from openai import omit
     from openai.types import FileObject
 
-    client = connect(base_url)
-    ask = functools.partial(client.files.list, limit=min(limit, 1000), purpose=purpose or omit)
-    files = expect_list(FileObject, ask, limit=limit)
-    if json:
-        output.print_json({"object": "list", "data": [file.to_dict(mode="json") for file in files]})
-        return
-    rows = (
-        (f.id, f.filename, output.size(f.bytes), f.purpose, output.local_time(f.created_at))
-        for f in files
-    )
-    output.print_table(
-        ("FILE", "NAME", "SIZE", "PURPOSE", "CREATED"), rows, empty="There are no files yet."
-    )
+    with connect(base_url) as client:
+        ask = functools.partial(client.files.list, limit=min(limit, 1000), purpose=purpose or omit)
+        files = expect_list(FileObject, ask, limit=limit)
+        if json:
+            output.print_json(
+                {"object": "list", "data": [file.to_dict(mode="json") for file in files]}
+            )
+            return
+        rows = (
+            (f.id, f.filename, output.size(f.bytes), f.purpose, output.local_time(f.created_at))
+            for f in files
+        )
+        output.print_table(
+            ("FILE", "NAME", "SIZE", "PURPOSE", "CREATED"), rows, empty="There are no files yet."
+        )
 
 
 @app.command("delete")
@@ -75,12 +77,12 @@ def delete_files(
     """Delete files; jobs that already use one keep what they need."""
     from openai.types import FileDeleted
 
-    client = connect(base_url)
-    deleted: list[FileDeleted] = []
-    for file_id in ids:
-        deleted.append(expect(FileDeleted, client.files.delete(file_id)))
-        output.say(f"Deleted {file_id}.")
-    if json:
-        output.print_json(
-            {"object": "list", "data": [file.to_dict(mode="json") for file in deleted]}
-        )
+    with connect(base_url) as client:
+        deleted: list[FileDeleted] = []
+        for file_id in ids:
+            deleted.append(expect(FileDeleted, client.files.delete(file_id)))
+            output.say(f"Deleted {file_id}.")
+        if json:
+            output.print_json(
+                {"object": "list", "data": [file.to_dict(mode="json") for file in deleted]}
+            )

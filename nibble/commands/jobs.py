@@ -29,28 +29,31 @@ def list_jobs(
     """List fine-tuning jobs."""
     from openai.types.fine_tuning import FineTuningJob
 
-    client = connect(base_url)
-    ask = functools.partial(client.fine_tuning.jobs.list, limit=min(limit, 100))
-    jobs = expect_list(FineTuningJob, ask, limit=limit)
-    if json:
-        output.print_json({"object": "list", "data": [job.to_dict(mode="json") for job in jobs]})
-        return
-    rows = (
-        (job.id, job.status, job.model, output.local_time(job.created_at), job.fine_tuned_model)
-        for job in jobs
-    )
-    output.print_table(
-        ("JOB", "STATUS", "MODEL", "CREATED", "FINE-TUNED MODEL"),
-        rows,
-        empty="There are no jobs yet.",
-    )
+    with connect(base_url) as client:
+        ask = functools.partial(client.fine_tuning.jobs.list, limit=min(limit, 100))
+        jobs = expect_list(FineTuningJob, ask, limit=limit)
+        if json:
+            output.print_json(
+                {"object": "list", "data": [job.to_dict(mode="json") for job in jobs]}
+            )
+            return
+        rows = (
+            (job.id, job.status, job.model, output.local_time(job.created_at), job.fine_tuned_model)
+            for job in jobs
+        )
+        output.print_table(
+            ("JOB", "STATUS", "MODEL", "CREATED", "FINE-TUNED MODEL"),
+            rows,
+            empty="There are no jobs yet.",
+        )
 
 
 @app.command("get")
 @guarded
 def get_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> None:
     """Show one job."""
-    job = expect_job(connect(base_url).fine_tuning.jobs.retrieve(job_id))
+    with connect(base_url) as client:
+        job = expect_job(client.fine_tuning.jobs.retrieve(job_id))
     show_job(job, json=json)
 
 
@@ -60,7 +63,8 @@ def watch_job(
     job_id: JobId, timeout: Patience = 300.0, base_url: BaseUrl = None, json: Json = False
 ) -> None:
     """Follow a job to its end; the exit code says how it ended (0 succeeded, 1 failed, 3 cancelled)."""
-    job = follow(connect(base_url), job_id, patience_s=timeout)
+    with connect(base_url) as client:
+        job = follow(client, job_id, patience_s=timeout)
     show_job(job, json=json)
     end_with(job)
 
@@ -69,7 +73,8 @@ def watch_job(
 @guarded
 def cancel_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> None:
     """Ask for a job to be cancelled; a running one stops after its current step."""
-    job = expect_job(connect(base_url).fine_tuning.jobs.cancel(job_id))
+    with connect(base_url) as client:
+        job = expect_job(client.fine_tuning.jobs.cancel(job_id))
     show_job(job, json=json)
     if job.status != "cancelled":
         output.say(f"Its worker is being told; watch it stop with: nibble jobs watch {job.id}")
@@ -81,19 +86,21 @@ def list_checkpoints(job_id: JobId, base_url: BaseUrl = None, json: Json = False
     """List the adapters kept on the way, newest first."""
     from openai.types.fine_tuning.jobs import FineTuningJobCheckpoint
 
-    client = connect(base_url)
-    ask = functools.partial(client.fine_tuning.jobs.checkpoints.list, job_id, limit=100)
-    found = expect_list(FineTuningJobCheckpoint, ask, limit=1_000)
-    if json:
-        output.print_json({"object": "list", "data": [c.to_dict(mode="json") for c in found]})
-        return
-    rows = (
-        (c.id, c.step_number, _valid_loss(c.to_dict()), c.fine_tuned_model_checkpoint)
-        for c in found
-    )
-    output.print_table(
-        ("CHECKPOINT", "STEP", "VALIDATION LOSS", "NAME"), rows, empty="It has no checkpoints yet."
-    )
+    with connect(base_url) as client:
+        ask = functools.partial(client.fine_tuning.jobs.checkpoints.list, job_id, limit=100)
+        found = expect_list(FineTuningJobCheckpoint, ask, limit=1_000)
+        if json:
+            output.print_json({"object": "list", "data": [c.to_dict(mode="json") for c in found]})
+            return
+        rows = (
+            (c.id, c.step_number, _valid_loss(c.to_dict()), c.fine_tuned_model_checkpoint)
+            for c in found
+        )
+        output.print_table(
+            ("CHECKPOINT", "STEP", "VALIDATION LOSS", "NAME"),
+            rows,
+            empty="It has no checkpoints yet.",
+        )
 
 
 @app.command("download")
@@ -112,12 +119,12 @@ def download_adapter(
 ) -> None:
     """Download a succeeded job's adapter, ready for peft; a broken download goes on where it stopped."""
     target = check_target(folder or Path(Path(job_id).name))
-    client = connect(base_url)
-    adapter = fetch_adapter(client, job_id, target, patience_s=timeout, checkpoint=checkpoint)
-    if json:
-        output.print_json(adapter)
-    else:
-        output.print_result(adapter["folder"])
+    with connect(base_url) as client:
+        adapter = fetch_adapter(client, job_id, target, patience_s=timeout, checkpoint=checkpoint)
+        if json:
+            output.print_json(adapter)
+        else:
+            output.print_result(adapter["folder"])
 
 
 def _valid_loss(checkpoint: dict[str, Any]) -> str | None:

@@ -17,12 +17,12 @@ def list_models(base_url: BaseUrl = None, json: Json = False) -> None:
     """List the models of the service."""
     from openai.types import Model
 
-    client = connect(base_url)
-    found = expect_list(Model, client.models.list, limit=10_000)
-    if json:
-        output.print_json({"object": "list", "data": [m.to_dict(mode="json") for m in found]})
-        return
-    rows = ((model.id, model.owned_by, output.local_time(model.created)) for model in found)
-    output.print_table(
-        ("MODEL", "OWNED BY", "CREATED"), rows, empty="The service's catalog has no models."
-    )
+    with connect(base_url) as client:
+        found = expect_list(Model, client.models.list, limit=10_000)
+        if json:
+            output.print_json({"object": "list", "data": [m.to_dict(mode="json") for m in found]})
+            return
+        rows = ((model.id, model.owned_by, output.local_time(model.created)) for model in found)
+        output.print_table(
+            ("MODEL", "OWNED BY", "CREATED"), rows, empty="The service's catalog has no models."
+        )
