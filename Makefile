@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all gpu check install clean
+.PHONY: help demo serve test test-all gpu gpu-bench check install clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -31,6 +31,9 @@ gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU
 	else \
 		echo "There is no NVIDIA GPU on this machine (no /dev/nvidia0): nothing to test."; \
 	fi
+
+gpu-bench: $(INSTALLED) ## check and measure on an NVIDIA GPU, into bench/results/
+	@$(BIN)/python -m bench.on_gpu
 
 check: $(INSTALLED) ## lint, formatting, types, imports, dependencies, spelling
 	$(BIN)/ruff check
