@@ -7,13 +7,15 @@ costs no upload.
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+from anyio.to_thread import run_sync
 from fastapi import Request
 
 from api.deps import State
 from api.multipart import PartData, PartEnd, PartStart, read_parts
+from service.db import transaction
 from service.errors import InvalidRequest, TooLarge
-from service.files.actions import check_expires_after
-from service.files.upload import Upload, UploadedFile, check_purpose, check_room
+from service.files.actions import check_expires_after, stored_bytes
+from service.files.upload import Upload, UploadedFile, check_purpose, check_quota, check_room
 
 _MAX_FIELD_BYTES = 1_000
 _FORM_OVERHEAD_BYTES = 100_000
@@ -30,6 +32,7 @@ class UploadForm:
         self._fields: dict[str, str] = {}
         self._name: str | None = None
         self._value = bytearray()
+        self._stored_bytes = 0
         self.upload: Upload | None = None
 
     async def read(self, request: Request) -> tuple[UploadedFile, int | None]:
@@ -38,6 +41,7 @@ class UploadForm:
         Raises:
             InvalidRequest: the form or the file is not what it should be.
             TooLarge: the file, or the form around it, is too large, by declaration or really.
+            QuotaExceeded: the project would store too much, by declaration or really.
             StorageFull: there is no room.
         """
         settings = self._state.settings
@@ -45,6 +49,8 @@ class UploadForm:
         if declared is not None:
             declared = max(0, declared - _FORM_OVERHEAD_BYTES)
         check_room(settings, self._state.storage, declared)
+        self._stored_bytes = await run_sync(self._count_stored)
+        check_quota(settings, self._stored_bytes, declared or 0)
         body = _bounded(request, settings.max_upload_bytes + _FORM_OVERHEAD_BYTES)
         content_type = request.headers.get("content-type", "")
         async with aclosing(body), aclosing(read_parts(content_type, body)) as pieces:
@@ -57,6 +63,10 @@ class UploadForm:
                     case PartEnd():
                         self._end()
         return await self._finish()
+
+    def _count_stored(self) -> int:
+        with transaction(self._state.sessions) as session:  # short: an upload may take hours
+            return stored_bytes(session, self._project_id)
 
     def _start(self, name: str, filename: str | None) -> None:
         if name == "file":
@@ -72,6 +82,7 @@ class UploadForm:
                 self._state.storage,
                 project_id=self._project_id,
                 filename=filename,
+                stored_bytes=self._stored_bytes,
             )
             return
         if name not in _FIELDS:

@@ -6,6 +6,7 @@
     ├── InvalidApiKey            401
     ├── NotFound                 404
     ├── TooLarge                 413
+    │   └── QuotaExceeded        413, never to be retried by itself
     ├── RangeNotSatisfiable      416, with Content-Range
     ├── TooManyJobs              429, never to be retried by itself
     ├── Unavailable              503, with Retry-After
@@ -70,6 +71,13 @@ class TooLarge(ServiceError):
     status = 413
     type = "invalid_request_error"
     default_code = "file_too_large"
+
+
+class QuotaExceeded(TooLarge):
+    """The project's files would have more bytes together than it may store; deleting some makes room."""
+
+    default_code = "storage_quota_exceeded"
+    should_retry = False
 
 
 class RangeNotSatisfiable(ServiceError):

@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     max_upload_bytes: int = Field(default=512_000_000, ge=1)
     min_free_bytes: int = Field(default=200_000_000, ge=0)
     """An upload that would leave less free disk than this is refused (507)."""
+    max_stored_bytes: int = Field(default=100_000_000_000, ge=1)
+    """Per project: what its files, uploaded or produced, may have together; an upload beyond it is refused (413).
+    What jobs produce counts and is never refused."""
     max_waiting_jobs: int = Field(default=1_000, ge=1)
     """Per project: jobs that are validated or wait; one more is refused (429)."""
 

@@ -115,7 +115,7 @@ def _register(
     try:
         with transaction(state.sessions) as session:
             file = actions.register_uploaded(
-                session, project_id, uploaded, expires_after_s=expires_after_s
+                session, state.settings, project_id, uploaded, expires_after_s=expires_after_s
             )
             return FileOut.of(file)
     except BaseException:

@@ -10,8 +10,9 @@ from sqlalchemy.orm import Session
 from service import clock
 from service.errors import InvalidRequest, NotFound
 from service.files import repository
-from service.files.upload import UploadedFile
+from service.files.upload import UploadedFile, check_quota
 from service.ids import new_id
+from service.settings import Settings
 from service.tables import File
 
 MIN_EXPIRES_S = 3_600
@@ -100,10 +101,26 @@ def check_expires_after(anchor: str | None, seconds: str | None) -> int | None:
     return int(seconds or "")
 
 
+def stored_bytes(session: Session, project_id: str) -> int:
+    """Return how many bytes the project's files have together, as the quota counts them."""
+    return repository.stored_bytes(session, project_id)
+
+
 def register_uploaded(
-    session: Session, project_id: str, uploaded: UploadedFile, *, expires_after_s: int | None
+    session: Session,
+    settings: Settings,
+    project_id: str,
+    uploaded: UploadedFile,
+    *,
+    expires_after_s: int | None,
 ) -> File:
-    """Enter a file whose blob is stored."""
+    """Enter a file whose blob is stored.
+
+    Raises:
+        QuotaExceeded: other uploads, at the same time, have taken the room that there was when this one began.
+    """
+    repository.lock_storing(session, project_id)
+    check_quota(settings, repository.stored_bytes(session, project_id), uploaded.bytes)
     now = clock.now()
     file = File(
         id=uploaded.file_id,

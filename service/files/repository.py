@@ -35,6 +35,20 @@ def has_row(session: Session, project_id: str, file_id: str) -> bool:
     return session.execute(statement).first() is not None
 
 
+def stored_bytes(session: Session, project_id: str) -> int:
+    """Return how many bytes the project's files have together; deleted and expired ones do not count."""
+    statement = select(func.coalesce(func.sum(File.bytes), 0)).where(
+        File.project_id == project_id, *_visible()
+    )
+    return int(session.scalars(statement).one())
+
+
+def lock_storing(session: Session, project_id: str) -> None:
+    """Let one upload of a project be entered at a time, until the transaction ends."""
+    name = f"files/{project_id}"  # not the id alone, which is the lock of the project's jobs
+    session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(name, 0))))
+
+
 def page(
     session: Session,
     project_id: str,

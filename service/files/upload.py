@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from service.errors import InvalidRequest, StorageFull, TooLarge
+from service.errors import InvalidRequest, QuotaExceeded, StorageFull, TooLarge
 from service.ids import new_id
 from service.settings import Settings
 from service.storage import BlobWriter, Storage
@@ -58,6 +58,26 @@ def check_room(settings: Settings, storage: Storage, declared_bytes: int | None)
         )
 
 
+def check_quota(settings: Settings, stored_bytes: int, added_bytes: int) -> None:
+    """Refuse what would give a project more bytes than it may store.
+
+    Args:
+        settings: limits.
+        stored_bytes: what its files have together.
+        added_bytes: what comes, or has come so far; 0: not known yet.
+
+    Raises:
+        QuotaExceeded: it is more than `max_stored_bytes`, or, of a file not known, there is no room for a byte.
+    """
+    limit = settings.max_stored_bytes
+    if stored_bytes + max(1, added_bytes) > limit:
+        raise QuotaExceeded(
+            f"This project's files have {stored_bytes} bytes together and may have {limit}; this file does not fit."
+            " Delete files that are not needed any more, and send it again.",
+            param="file",
+        )
+
+
 def check_purpose(purpose: str) -> str:
     """Return `purpose`, or raise InvalidRequest naming the ones there are."""
     if purpose not in UPLOAD_PURPOSES:
@@ -94,7 +114,13 @@ class Upload:
     """One upload, used from one task: `write`, …, then `finish` or `abort`."""
 
     def __init__(
-        self, settings: Settings, storage: Storage, *, project_id: str, filename: str
+        self,
+        settings: Settings,
+        storage: Storage,
+        *,
+        project_id: str,
+        filename: str,
+        stored_bytes: int,
     ) -> None:
         """Open it.
 
@@ -103,9 +129,11 @@ class Upload:
             storage: where the bytes go.
             project_id: whose file it will be.
             filename: as sent; only its base name is kept.
+            stored_bytes: what the project's files have together, without this one.
         """
         self._settings = settings
         self._storage = storage
+        self._stored_bytes = stored_bytes
         self._filename = base_name(filename)
         self._file_id = new_id("file-")
         self._key = f"files/{project_id}/{self._file_id}"
@@ -125,12 +153,14 @@ class Upload:
 
         Raises:
             TooLarge: the file grows over `max_upload_bytes`.
+            QuotaExceeded: the project's files grow over `max_stored_bytes`.
             InvalidRequest: it is for fine-tuning and no JSONL.
             StorageFull: the disk is full.
         """
         self._bytes += len(data)
         if self._bytes > self._settings.max_upload_bytes:
             raise _too_large(self._settings)
+        check_quota(self._settings, self._stored_bytes, self._bytes)
         self._sha256.update(data)
         if self._first_line is not None:
             self._first_line.add(data)

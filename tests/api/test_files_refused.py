@@ -3,7 +3,6 @@
 import contextlib
 import json
 import resource
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -175,35 +174,13 @@ def test_an_expiry_out_of_bounds_is_refused(
     assert answer.json()["error"]["param"] == param
 
 
-@contextlib.contextmanager
-def open_upload(url: str, key: str, *, head: bytes = b"", body: bytes) -> Iterator[socket.socket]:
-    """Start an upload over a bare socket and leave it open."""
-    address = httpx2.URL(url)
-    with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
-        connection.sendall(
-            b"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + key.encode() + b"\r\n"
-            b"content-type: " + forms.CONTENT_TYPE["content-type"].encode() + b"\r\n"
-            + (head or b"content-length: 100000000\r\n") + b"\r\n" + body
-        )  # fmt: skip
-        yield connection
-
-
-def read_all(connection: socket.socket) -> bytes:
-    """Read until the server closes, as it does when it has not read all of a body."""
-    answer = b""
-    with contextlib.suppress(ConnectionResetError):
-        while data := connection.recv(8192):
-            answer += data
-    return answer
-
-
 def test_a_declared_length_over_the_limit_is_refused_before_the_body(
     base_url: str, key: str, settings: Settings
 ) -> None:
     head = b"content-length: %d\r\n" % (settings.max_upload_bytes + 1_000_000)
 
-    with open_upload(base_url, key, head=head, body=b"") as connection:
-        answer = read_all(connection)
+    with forms.open_upload(base_url, key, head=head, body=b"") as connection:
+        answer = forms.read_all(connection)
 
     assert answer.startswith(b"HTTP/1.1 413")
     assert b"file_too_large" in answer
@@ -247,8 +224,8 @@ def test_a_wrong_purpose_that_comes_first_costs_no_upload(
 ) -> None:
     body = forms.field("purpose", "finetune") + forms.file_start() + CHAT_LINE
 
-    with open_upload(base_url, key, body=body) as connection:
-        answer = read_all(connection)
+    with forms.open_upload(base_url, key, body=body) as connection:
+        answer = forms.read_all(connection)
 
     assert answer.startswith(b"HTTP/1.1 400")
 
@@ -260,8 +237,8 @@ def test_an_upload_that_would_fill_the_disk_is_refused_before_the_body(
 
     with serve(full) as url:
         key = settings.first_key_file.read_text().strip()
-        with open_upload(url, key, body=b"") as connection:
-            answer = read_all(connection)
+        with forms.open_upload(url, key, body=b"") as connection:
+            answer = forms.read_all(connection)
 
     head, body = answer.split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 507")
@@ -292,7 +269,7 @@ def test_a_client_that_goes_in_the_middle_leaves_nothing(
 ) -> None:
     body = PURPOSE + forms.file_start() + CHAT_LINE * 30_000
 
-    with open_upload(base_url, key, body=body):
+    with forms.open_upload(base_url, key, body=body):
         wait_until(lambda: len(blobs_of(settings)) == 1)  # it has begun to be written
 
     wait_until(lambda: blobs_of(settings) == [])
@@ -304,7 +281,7 @@ def test_a_server_that_stops_in_the_middle_leaves_nothing(settings: Settings) ->
     with contextlib.ExitStack() as held:
         with serve(settings) as url:
             key = settings.first_key_file.read_text().strip()
-            held.enter_context(open_upload(url, key, body=body))
+            held.enter_context(forms.open_upload(url, key, body=body))
             wait_until(lambda: len(blobs_of(settings)) == 1)
 
         assert blobs_of(settings) == []
@@ -316,8 +293,8 @@ def test_a_client_that_falls_silent_is_cut_off(
     monkeypatch.setattr("api.body.IDLE_S", 0.2)
     body = PURPOSE + forms.file_start() + CHAT_LINE * 30_000
 
-    with open_upload(base_url, key, body=body) as connection:
-        answer = read_all(connection)
+    with forms.open_upload(base_url, key, body=body) as connection:
+        answer = forms.read_all(connection)
 
     assert answer.startswith(b"HTTP/1.1 408")
 
@@ -330,7 +307,7 @@ def test_uploads_that_never_end_hold_no_connection_of_the_database(
 
     with contextlib.ExitStack() as stack:
         for _ in range(30):  # more than the pool has
-            stack.enter_context(open_upload(base_url, key, body=body))
+            stack.enter_context(forms.open_upload(base_url, key, body=body))
         answers = [httpx2.get(f"{base_url}/v1/files", headers=headers) for _ in range(3)]
 
     assert [answer.status_code for answer in answers] == [200, 200, 200]

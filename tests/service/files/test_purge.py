@@ -34,12 +34,14 @@ def new_file(
     """Make a stored file."""
 
     async def store() -> File:
-        upload = Upload(settings, storage, project_id=DEFAULT_PROJECT, filename="a.jsonl")
+        upload = Upload(
+            settings, storage, project_id=DEFAULT_PROJECT, filename="a.jsonl", stored_bytes=0
+        )
         await upload.write(LINE, purpose="fine-tune")
         uploaded = await upload.finish("fine-tune")
         with transaction(sessions) as session:
             return actions.register_uploaded(
-                session, DEFAULT_PROJECT, uploaded, expires_after_s=None
+                session, settings, DEFAULT_PROJECT, uploaded, expires_after_s=None
             )
 
     return lambda: asyncio.run(store())

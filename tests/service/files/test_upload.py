@@ -125,7 +125,7 @@ def test_a_disk_that_runs_low_meanwhile_ends_the_upload(settings: Settings) -> N
     low = settings.model_copy(update={"min_free_bytes": free + (1 << 40)})  # others filled it
 
     async def scenario() -> None:
-        upload = Upload(low, storage, project_id="proj_default", filename="a.bin")
+        upload = Upload(low, storage, project_id="proj_default", filename="a.bin", stored_bytes=0)
         try:
             for _ in range(40):
                 await upload.write(b"x" * 1_000_000, purpose="batch")
