@@ -15,18 +15,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.tiny_models import save_tiny_llama
+
 
 class Demo:
     """A running demo; what it prints is collected as it comes."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, models_file: Path | None = None) -> None:
+        catalog = {} if models_file is None else {"NIBBLE_MODELS_FILE": str(models_file)}
         self.output = ""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "operations", "demo", *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"COLUMNS": "200"},
+            env=os.environ | {"COLUMNS": "200"} | catalog,
         )
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
@@ -112,6 +115,25 @@ def test_ctrl_c_stops_every_process_and_a_next_demo_does_not_train_the_old_job(
     again.wait_for(f"Cancelled {old_job} of an earlier demo.", timeout_s=120)
     again.process.send_signal(signal.SIGTERM)
     assert again.end(timeout_s=60) == 143
+
+
+@pytest.mark.slow
+def test_another_model_of_the_catalog_is_trained_when_it_is_named(
+    demos: list[Demo], tmp_path: Path
+) -> None:
+    save_tiny_llama(tmp_path / "weights")
+    catalog = tmp_path / "models.toml"
+    catalog.write_text('[models.random-llama]\npath = "weights"\n')
+    asked = ("--model", "random-llama", "--examples", "64", "--epochs", "1")
+    demo = Demo(*asked, "--data-dir", str(tmp_path / "demo"), models_file=catalog)
+    demos.append(demo)
+
+    assert demo.end(timeout_s=180) == 0, demo.output
+
+    start, end = map(float, re.findall(r"validation \(.+?\) +([\d.]+) +([\d.]+)", demo.output)[0])
+    assert end < start
+    assert re.search(r"\nft:random-llama:\S+: 8 steps, \d+ trained tokens\n", demo.output)
+    assert "tiny-llama" not in demo.output
 
 
 def test_a_model_that_is_not_in_the_catalog_is_refused_before_anything_starts(
