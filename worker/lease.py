@@ -97,6 +97,10 @@ class LeaseKeeper:
                 OSError
             ) as error:  # the attempt's disk is full: the child keeps its earlier deadline
                 log.warning("deadline_not_written", job_id=self._fence.job_id, reason=str(error))
+            except Exception:
+                # The thread's edge: without it the child would stay frozen for good.
+                log.exception("lease_not_renewed", job_id=self._fence.job_id)
+                continue
             if due:
                 next_renewal = boottime() + self._renew_s
 
