@@ -54,15 +54,19 @@ def test_a_declared_length_over_what_is_left_is_refused_before_the_body(
     assert len(blobs_of(settings)) == 1
 
 
-def test_real_bytes_over_what_is_left_are_refused_without_a_declared_length(
-    http: httpx2.Client, client: OpenAI, settings: Settings
+def test_real_bytes_over_what_is_left_are_refused_as_they_come_without_a_declared_length(
+    base_url: str, key: str, client: OpenAI, settings: Settings
 ) -> None:
     kept = store(client)
+    piece = PURPOSE + forms.file_start() + CHAT_LINE.ljust(LIMIT - len(TWO_MB) + 100)
+    chunk = b"%x\r\n%b\r\n" % (len(piece), piece)  # and no end: the answer does not wait for it
+    head = b"transfer-encoding: chunked\r\n"
 
-    answer = post(http, iter([PURPOSE, forms.file(TWO_MB), forms.END]))
+    with forms.open_upload(base_url, key, head=head, body=chunk) as connection:
+        answer = forms.read_all(connection)
 
-    assert answer.status_code == 413
-    assert answer.json()["error"]["code"] == "storage_quota_exceeded"
+    assert answer.startswith(b"HTTP/1.1 413")
+    assert b"storage_quota_exceeded" in answer
     assert [file.id for file in client.files.list()] == [kept]
     assert len(blobs_of(settings)) == 1
 
