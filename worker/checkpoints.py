@@ -14,9 +14,10 @@ from service.errors import StorageFull, Unavailable
 from service.events.actions import NewEvent
 from service.logging import get_logger
 from service.queue import story
-from service.queue.fence import Fence, Fenced, hold
+from service.queue.fence import Fence, hold
 from service.tables import Job
-from worker.context import GivenUp, WorkerContext, outlast
+from worker.companion import Companion
+from worker.context import WorkerContext, outlast
 from worker.relay import Line
 
 log = get_logger(__name__)
@@ -33,9 +34,7 @@ class Publisher:
         self._job = job
         self._give_up = give_up
         self._waiting: queue.SimpleQueue[tuple[int, Line] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(
-            target=self._run, name=f"checkpoints-{fence.job_id}", daemon=True
-        )
+        self._thread = Companion(f"checkpoints-{fence.job_id}", self._run)
 
     def start(self) -> None:
         """Begin."""
@@ -50,17 +49,14 @@ class Publisher:
         self._waiting.put(None)
         self._thread.join()
 
+    def check(self) -> None:
+        """Raise what ended the thread, if that was an error nobody expected."""
+        self._thread.check()
+
     def _run(self) -> None:
-        try:
-            while (item := self._waiting.get()) is not None:
-                attempt_no, line = item
-                publish(
-                    self._context, self._fence, self._job, attempt_no, line, give_up=self._give_up
-                )
-        except Fenced:
-            log.info("publisher_fenced", job_id=self._fence.job_id)
-        except GivenUp:
-            log.warning("publisher_gave_up", job_id=self._fence.job_id)
+        while (item := self._waiting.get()) is not None:
+            attempt_no, line = item
+            publish(self._context, self._fence, self._job, attempt_no, line, give_up=self._give_up)
 
 
 def publish(

@@ -17,8 +17,9 @@ from service import clock
 from service.events.actions import Level, NewEvent
 from service.logging import get_logger
 from service.queue import story
-from service.queue.fence import Fence, Fenced
-from worker.context import GivenUp, WorkerContext, outlast
+from service.queue.fence import Fence
+from worker.companion import Companion
+from worker.context import WorkerContext, outlast
 
 log = get_logger(__name__)
 
@@ -123,7 +124,7 @@ class Relay:
         self._give_up = give_up
         self._child_gone = threading.Event()
         self._pace = Pace()
-        self._thread = threading.Thread(target=self._run, name=f"relay-{fence.job_id}", daemon=True)
+        self._thread = Companion(f"relay-{fence.job_id}", self._run)
 
     def start(self) -> None:
         """Begin."""
@@ -137,20 +138,19 @@ class Relay:
         self._child_gone.set()
         self._thread.join()
 
+    def check(self) -> None:
+        """Raise what ended the thread, if that was an error nobody expected."""
+        self._thread.check()
+
     def _run(self) -> None:
-        try:
-            while True:
-                last_look = self._child_gone.is_set()
-                lines = self._tail.read()
-                self._tell(lines)
-                if last_look and not lines:
-                    return
-                if not lines:
-                    self._child_gone.wait(_LOOK_EVERY_S)
-        except Fenced:
-            log.info("relay_fenced", job_id=self._fence.job_id)
-        except GivenUp:
-            log.warning("relay_gave_up", job_id=self._fence.job_id)
+        while True:
+            last_look = self._child_gone.is_set()
+            lines = self._tail.read()
+            self._tell(lines)
+            if last_look and not lines:
+                return
+            if not lines:
+                self._child_gone.wait(_LOOK_EVERY_S)
 
     def _tell(self, lines: Sequence[Line]) -> None:
         for start in range(0, len(lines), _BATCH):

@@ -17,6 +17,7 @@ from service.queue.broker import Kind
 from service.queue.claim import Claim
 from service.queue.fence import Fenced
 from worker.checkpoints import Publisher
+from worker.companion import Companion
 from worker.context import GivenUp, WorkerContext, outlast
 from worker.folder import AttemptFolder
 from worker.inputs import InputsMissing, prepare
@@ -77,9 +78,7 @@ class Supervisor:
     def run(self) -> None:
         """Run the attempt to its end and write what came of it. Nothing is written once the job is another's."""
         try:
-            verdict = self._prepare() or self._train_or_validate()
-            if verdict is not None:
-                self._conclude(verdict)
+            self._run_and_conclude()
         except Fenced:
             log.info("attempt_fenced", **self._names())
         except GivenUp:
@@ -87,6 +86,19 @@ class Supervisor:
             log.warning("attempt_left_behind", **self._names())
         finally:
             self._keeper.stop()
+
+    def _run_and_conclude(self) -> None:
+        try:
+            verdict = self._prepare() or self._train_or_validate()
+            if verdict is not None:
+                self._conclude(verdict)
+        except (Fenced, GivenUp):
+            raise
+        except Exception as error:
+            # The attempt's edge: say why it ended, and let another try, which is not repeated for ever.
+            log.exception("attempt_crashed", **self._names())
+            reason = f"its worker met an unexpected error ({type(error).__name__}), which its log has in full"
+            self._conclude(Verdict("requeue", lost=True, reason=reason))
 
     def _prepare(self) -> Verdict | None:
         """Begin to renew, and fetch what the child needs; a verdict if that already decides the attempt."""
@@ -124,12 +136,14 @@ class Supervisor:
             child.begin(self._folder.path)
             relay.start()
             publisher.start()
-            threading.Thread(target=self._note_start, args=(child,), daemon=True).start()
-            cause = self._watch(child)
+            Companion(f"start-{self._claim.fence.job_id}", lambda: self._note_start(child)).start()
+            cause = self._watch(child, relay, publisher)
         finally:
             exit_status = child.end()
-        relay.finish()
-        publisher.finish()
+            relay.finish()
+            publisher.finish()
+        relay.check()
+        publisher.check()
         if self._keeper.is_fenced:
             log.info("attempt_fenced", **self._names())
             return None
@@ -147,17 +161,19 @@ class Supervisor:
                 detail = {"device": self._device}
                 story.started(session, self._claim.fence, pid=child.pid, detail=detail)
 
-        try:
-            outlast(note, wait=self._give_up.wait)
-        except (Fenced, GivenUp):
-            return
+        outlast(note, wait=self._give_up.wait)
 
-    def _watch(self, child: Child) -> Cause | None:
-        """Wait until the child has ended, stopping it where that is due; return why it was stopped."""
+    def _watch(self, child: Child, relay: Relay, publisher: Publisher) -> Cause | None:
+        """Wait until the child has ended, stopping it where that is due; return why it was stopped.
+
+        Raises what ended the relay or the publisher: a child of which nobody tells is not to go on.
+        """
         cause: Cause | None = None
         kill_at: float | None = None
         is_frozen = False
         while not child.has_exited():
+            relay.check()
+            publisher.check()
             if self._keeper.is_fenced:
                 child.signal(signal.SIGKILL)
             elif is_frozen != (not self._keeper.is_safe):

@@ -1,7 +1,10 @@
 """One real training child under one supervisor: told in time, frozen in an outage, killed when the job is another's."""
 
+import json
+import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +18,7 @@ from service.settings import Settings
 from service.tables import Attempt, Event, Job
 from tests.worker.conftest import chat_lines
 from worker.crew import Crew
+from worker.relay import CHECKPOINT
 
 Submit = Callable[..., str]
 Await = Callable[..., Job]
@@ -111,6 +115,29 @@ def test_an_outage_longer_than_the_lease_freezes_the_child_and_costs_nothing(
     assert stayed_frozen
     assert (job.attempt_no, job.lost_attempts) == (2, 0)
     assert steps(story, job_id) == list(range(1, 161))
+
+
+@pytest.mark.parametrize(
+    "poison",
+    [
+        pytest.param({"at": 1e300}, id="relay"),  # no time that a calendar has
+        pytest.param({"data": {"kind": CHECKPOINT, "step": 1, "folder": "a\0b"}}, id="publisher"),
+    ],
+)
+def test_an_unexpected_error_beside_the_child_gives_the_job_back_with_the_reason(
+    crew: Crew, submit: Submit, await_job: Await, story: Story, poison: dict[str, Any]
+) -> None:
+    job_id = train(crew, submit, story, epochs=20)
+    line = {"n": 10**6, "at": 1.0, "level": "info", "type": "message", "message": "m", "data": {}}
+
+    with crew.context.folder(job_id, 2).events.open("a", encoding="utf-8") as events:
+        events.write(json.dumps(line | poison) + "\n")
+    await_job(job_id, until=lambda job: job.lost_attempts > 0, timeout_s=20)
+
+    told = [event.message for event in story(job_id)]
+    assert any("its worker met an unexpected error (" in message for message in told), told
+    crew.stop()
+    assert [t.name for t in threading.enumerate() if job_id in t.name] == []
 
 
 def test_a_child_whose_job_was_given_to_another_is_killed_and_nothing_more_is_told(
