@@ -5,6 +5,8 @@ In a thread of its own: copying a large adapter must not hold up the metrics.
 
 import queue
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,10 @@ from worker.relay import Line
 
 log = get_logger(__name__)
 
+_LONGEST_OUTAGE_S = 600.0
+"""A storage that is away longer costs the checkpoint: wrong credentials look like an outage, too."""
+_LONGEST_PAUSE_S = 5.0
+
 
 class Publisher:
     """Publishes the checkpoints of one attempt in order, from `start` until the last after `finish`."""
@@ -33,6 +39,7 @@ class Publisher:
         self._fence = fence
         self._job = job
         self._give_up = give_up
+        self._over = threading.Event()
         self._waiting: queue.SimpleQueue[tuple[int, Line] | None] = queue.SimpleQueue()
         self._thread = Companion(f"checkpoints-{fence.job_id}", self._run)
 
@@ -46,6 +53,7 @@ class Publisher:
 
     def finish(self) -> None:
         """Publish what was added, and end."""
+        self._over.set()
         self._waiting.put(None)
         self._thread.join()
 
@@ -56,7 +64,15 @@ class Publisher:
     def _run(self) -> None:
         while (item := self._waiting.get()) is not None:
             attempt_no, line = item
-            publish(self._context, self._fence, self._job, attempt_no, line, give_up=self._give_up)
+            publish(
+                self._context,
+                self._fence,
+                self._job,
+                attempt_no,
+                line,
+                give_up=self._give_up,
+                over=self._over,
+            )
 
 
 def publish(
@@ -67,10 +83,12 @@ def publish(
     line: Line,
     *,
     give_up: threading.Event,
+    over: threading.Event | None = None,
 ) -> None:
     """Make the checkpoint of a line downloadable and tell of it. Doing it again changes nothing.
 
-    One that cannot be stored (no room, or its folder is incomplete) is told as a warning: the training goes on.
+    One that cannot be stored (no room, or its folder is incomplete) is told as a warning: the training goes on. A storage that
+    does not answer is asked again until `over` is set (one last time then), but not for ever.
 
     Raises:
         Fenced, GivenUp
@@ -98,7 +116,10 @@ def publish(
             story.tell(session, fence, [event], attempt_no=attempt_no)
 
     try:
-        outlast(store_and_tell, wait=give_up.wait)
+        _outlast_storage(
+            lambda: outlast(store_and_tell, wait=give_up.wait),
+            over=give_up if over is None else over,
+        )
     except (StorageFull, Unavailable, AdapterIncomplete, OSError) as error:
         log.warning("checkpoint_not_published", job_id=fence.job_id, reason=str(error))
         event = NewEvent(
@@ -113,6 +134,21 @@ def publish(
                 story.tell(session, fence, [event], attempt_no=attempt_no)
 
         outlast(warn, wait=give_up.wait)
+
+
+def _outlast_storage(act: Callable[[], None], *, over: threading.Event) -> None:
+    deadline = time.monotonic() + _LONGEST_OUTAGE_S
+    pause_s = 0.2
+    is_last = False
+    while True:
+        try:
+            return act()
+        except Unavailable as error:
+            if is_last:
+                raise
+            log.warning("storage_does_not_answer", reason=str(error))
+            is_last = over.wait(pause_s) or time.monotonic() > deadline
+            pause_s = min(_LONGEST_PAUSE_S, pause_s * 2)
 
 
 def _created(line: Line, step: int, name: str) -> NewEvent:
