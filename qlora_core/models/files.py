@@ -7,7 +7,9 @@ they are named in the error and never touched.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -80,24 +82,30 @@ def find_weights(folder: Path) -> WeightFiles:
     return WeightFiles(file_of, sum(shard.stat().st_size for shard in shards))
 
 
-def find_shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+def find_shards(
+    folder: Path, names: Collection[str] | None = None
+) -> tuple[list[Path], dict[str, str]]:
     """Give the shards in order, and what the index (if there is one) says about them; opens none of them.
+
+    `names`: of the files that the model has, where its weights are not in the folder yet; None: what is there.
 
     Raises:
         ModelWeightsMissing, ModelWeightsPickle, ModelWeightsInvalid: as `find_weights`.
     """
-    if (folder / _INDEX).is_file():
+    if names is None:
+        names = {path.name for path in folder.glob("*") if path.is_file()}
+    if _INDEX in names:
         indexed = _read_index(folder / _INDEX)
         shards = [folder / name for name in sorted(set(indexed.values()))]
         for shard in shards:
-            if not shard.is_file():
+            if shard.name not in names:
                 raise ModelWeightsMissing(
                     f"{_INDEX} names the file {shard.name}, but {folder} does not have it"
                 )
         return shards, indexed
-    if (folder / _SINGLE).is_file():
+    if _SINGLE in names:
         return [folder / _SINGLE], {}
-    pickles = sorted(path.name for pattern in _PICKLE_PATTERNS for path in folder.glob(pattern))
+    pickles = sorted(name for name in names if any(fnmatch(name, p) for p in _PICKLE_PATTERNS))
     if pickles:
         raise ModelWeightsPickle(
             f"the model in {folder} has its weights only as pickle files ({pickles[0]}), which can "

@@ -11,7 +11,8 @@ from service.models import repository
 from service.models.catalog import BaseModel, Catalog
 from service.settings import Settings
 
-_FILES = ("*.safetensors", "*.json", "*.jinja")
+_TEXT_FILES = ("*.json", "*.jinja")
+_FILES = ("*.safetensors", *_TEXT_FILES)
 """All that is ever downloaded: no pickle, no code."""
 _LOCAL_OWNER = "nibble"
 
@@ -70,12 +71,13 @@ def get_model(
     )
 
 
-def resolve_folder(model: BaseModel, cache_dir: Path) -> Path:
+def resolve_folder(model: BaseModel, cache_dir: Path, *, weights: bool = True) -> Path:
     """Return the local folder of a base model's files, downloaded from the hub if need be.
 
     Args:
         model: of the catalog.
         cache_dir: where downloads are kept; a model that is there is not asked for again.
+        weights: False: only what is small is downloaded (configuration, tokenizer, template, weight index).
 
     Raises:
         ModelUnavailable: the folder is missing, or the hub does not answer or does not have it.
@@ -88,17 +90,39 @@ def resolve_folder(model: BaseModel, cache_dir: Path) -> Path:
         return model.path
     if model.hub is None:
         raise ModelUnavailable(f"model {model.id}: models.toml names neither a folder nor a hub")
-    return _download(model.id, model.hub, model.revision, cache_dir)
+    files = _FILES if weights else _TEXT_FILES
+    return _download(model.id, model.hub, model.revision, cache_dir, files)
 
 
-def _download(model_id: str, hub: str, revision: str | None, cache_dir: Path) -> Path:
+def file_names(model: BaseModel, folder: Path, cache_dir: Path) -> set[str]:
+    """Return the names in a base model's resolved `folder`, and of what its repository has beside them.
+
+    Pickle files and weights are named here without being downloaded. No network: `resolve_folder` kept the listing;
+    where it could not (a cache that was filled elsewhere), the folder alone counts.
+    """
+    here = {path.name for path in folder.glob("*") if path.is_file()}
+    if model.hub is None or model.path is not None:
+        return here
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        tree = get_cached_repo_tree(model.hub, revision=model.revision, cache_dir=cache_dir)
+    except CachedRepoTreeNotFoundError:
+        return here
+    return here | {file.path for file in tree}
+
+
+def _download(
+    model_id: str, hub: str, revision: str | None, cache_dir: Path, files: tuple[str, ...]
+) -> Path:
     # Imported here: the API lists models without it, and it takes a second.
     from httpx2 import HTTPError
     from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType]
 
     try:
         folder = snapshot_download(
-            hub, revision=revision, cache_dir=cache_dir, allow_patterns=list(_FILES)
+            hub, revision=revision, cache_dir=cache_dir, allow_patterns=list(files)
         )
     except (HTTPError, OSError, ValueError) as error:
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from qlora_core.models.files import find_shards, read_config
 from qlora_core.text import DatasetReport, TextEncoder, check_dataset
 from service.jobs.resolve import resolve_context_length, resolve_hyperparameters
-from service.models.actions import resolve_folder
+from service.models.actions import file_names, resolve_folder
 from worker.child.plan import base_model
 from worker.child.report import Report
 from worker.folder import AttemptFolder
@@ -30,9 +30,11 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
         EngineError, ModelUnavailable: the base model cannot be used.
         MemoryError: a file needs more than is allowed.
     """
-    folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
+    model, cache = base_model(spec), Path(spec["model_cache"])
+    # Without its weights: the training child downloads them, and others wait for this slot.
+    folder = resolve_folder(model, cache, weights=False)
     read_config(folder)
-    find_shards(folder)  # refuse now what the training could not load
+    find_shards(folder, file_names(model, folder, cache))  # refuse now what could not be loaded
     _limit(int(spec["memory_bytes"]), int(spec["time_s"]))
     encoder = TextEncoder.from_folder(folder)
     requested = spec["hyperparameters"]

@@ -11,18 +11,25 @@ from typing import ClassVar
 
 import pytest
 
+from qlora_core.errors import ModelWeightsMissing, ModelWeightsPickle
+from qlora_core.models.files import find_shards
 from service.models.actions import ModelUnavailable, resolve_folder
 from service.models.catalog import BaseModel
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 RESOLVE = """
+import os
 import sys
 from pathlib import Path
-from service.models.actions import ModelUnavailable, resolve_folder
+from service.models.actions import ModelUnavailable, file_names, resolve_folder
 from service.models.catalog import BaseModel
 model = BaseModel("far-llama", None, "somebody/far-llama", sys.argv[1], 0)
 try:
-    print(resolve_folder(model, Path(sys.argv[2])))
+    cache = Path(sys.argv[2])
+    folder = resolve_folder(model, cache, weights="WEIGHTS" not in os.environ)
+    print(folder)
+    if "WEIGHTS" in os.environ:
+        print(*file_names(model, folder, cache))
 except ModelUnavailable as error:
     sys.exit(str(error))
 """
@@ -134,6 +141,21 @@ def test_only_weights_json_and_templates_are_downloaded_and_once(tmp_path: Path,
         "chat_template.jinja",
     }
     assert again.stdout == first.stdout, again.stderr
+
+
+def test_without_weights_only_their_names_are_fetched(tmp_path: Path, hub: str) -> None:
+    done = resolve_elsewhere(tmp_path, HF_ENDPOINT=hub, WEIGHTS="0")
+
+    assert done.returncode == 0, done.stderr
+    folder, *names = done.stdout.split()
+    assert {path.name for path in Path(folder).iterdir()} == {"config.json", "chat_template.jinja"}
+    assert set(names) == set(Hub.FILES)
+    shards, _ = find_shards(Path(folder), names)
+    assert [shard.name for shard in shards] == ["model.safetensors"]
+    with pytest.raises(ModelWeightsPickle):
+        find_shards(Path(folder), set(names) - {"model.safetensors"})
+    with pytest.raises(ModelWeightsMissing):
+        find_shards(Path(folder), {"config.json"})
 
 
 def test_an_unknown_commit_is_told_in_one_sentence(tmp_path: Path, hub: str) -> None:
