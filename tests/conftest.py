@@ -6,6 +6,7 @@ triton is set here, at import.
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,12 @@ from service import db  # noqa: E402
 from service.settings import Settings  # noqa: E402
 
 _TEMPLATE = "nibble_template"
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C mean Ctrl-C: a shell starts what it runs in the background with SIGINT ignored, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -41,9 +41,9 @@ class Companion:
         try:
             self._act()
         except Fenced:
-            log.info("companion_fenced", thread=self._name)
+            log.info("companion_fenced", companion=self._name)
         except GivenUp:
-            log.warning("companion_gave_up", thread=self._name)
+            log.warning("companion_gave_up", companion=self._name)
         except Exception as error:
-            log.exception("companion_crashed", thread=self._name)
+            log.exception("companion_crashed", companion=self._name)
             self._failure = error

@@ -36,6 +36,9 @@ _SOCKET = ".s.PGSQL.5432"
 _INITDB_S = 300.0
 _START_S = 900.0  # crash recovery after a long life may take minutes, and says so meanwhile
 _STOP_S = 60.0
+_ORPHANS_LEAVE_S = (
+    10.0  # the children of a server that was killed see it and end, on a busy machine not at once
+)
 _SETTINGS = {"timezone": "UTC", "log_timezone": "UTC", "unix_socket_permissions": "0700"}
 FAST_AND_FORGETFUL = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 """For tests that do not ask what survives a power cut."""
@@ -141,7 +144,9 @@ def start(
     folder = data_dir / "postgres"
     data = folder / "data"
     log = log or data_dir / "logs" / "postgres.log"
-    lock = take_lock(folder / "lock", f"PostgreSQL already runs over {folder}")
+    lock = take_lock(
+        folder / "lock", f"PostgreSQL already runs over {folder}", patience_s=_ORPHANS_LEAVE_S
+    )
     try:
         _hand_over(run_as, programs, folder)
         host = socket_folder(folder, _SOCKET, run_as=run_as)

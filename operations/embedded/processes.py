@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -113,24 +114,35 @@ def tail(path: Path, *, lines: int = 12) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def take_lock(path: Path, busy: str) -> int:
+def take_lock(path: Path, busy: str, *, patience_s: float = 0.0) -> int:
     """Take the exclusive lock on file `path` and return its descriptor, which holds it until closed.
 
-    Children that inherit the descriptor hold the lock too, so it also tells of one that outlived its parent.
+    Children that inherit the descriptor hold the lock too, so it also tells of one that outlived its parent;
+    `patience_s` lets such orphans leave.
 
     Raises:
         DataFolderBusy: somebody holds it; the message is `busy` and the process id they left in the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    until = time.monotonic() + patience_s
+    while not _locked(descriptor):
+        if time.monotonic() < until:
+            time.sleep(0.05)
+            continue
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+        os.close(descriptor)
+        raise DataFolderBusy(f"{busy} ({holder})" if holder else busy)
+    note_holder(descriptor, f"process {os.getpid()}")
+    return descriptor
+
+
+def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise DataFolderBusy(f"{busy} ({holder})" if holder else busy) from None
-    note_holder(descriptor, f"process {os.getpid()}")
-    return descriptor
+        return False
+    return True
 
 
 def note_holder(descriptor: int, text: str) -> None:
