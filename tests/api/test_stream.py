@@ -307,10 +307,8 @@ def test_an_open_stream_ends_at_once_when_the_server_stops(
         next(told)
 
         os.kill(api.pid, signal.SIGTERM)
-        asked_at = time.monotonic()
-        rest = list(told)  # a clean end, without `done`: the client comes back
-        took_s = time.monotonic() - asked_at
+        # A clean end, without `done`: the client comes back. One that waits is cut off, which raises.
+        rest = list(told)
         http.close()
 
     assert rest == []
-    assert took_s < 3

@@ -33,6 +33,7 @@ class Proxy:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
+        self._stopped = False
         self._cuts: list[Cut] = []
         self.requests: list[str] = []
         self.refused: str | None = None
@@ -68,7 +69,10 @@ class Proxy:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for connection in list(self._open):
+        with self._lock:
+            self._stopped = True
+            broken = list(self._open)
+        for connection in broken:
             self._break(connection)
 
     def _accept(self) -> None:
@@ -80,7 +84,13 @@ class Proxy:
             except OSError:
                 return
             pair = _Pair(client, server)
-            self._open |= {client, server}
+            with self._lock:
+                self._open |= {client, server}
+                stopped = self._stopped
+            if stopped:  # it was accepted before the stop, and the stop did not see it
+                self._break(client)
+                self._break(server)
+                return
             threading.Thread(target=self._forward, args=(pair,), daemon=True).start()
             threading.Thread(target=self._return, args=(pair,), daemon=True).start()
 

@@ -48,7 +48,7 @@ def test_a_megabyte_of_blank_lines_holds_nobody_up() -> None:
     took_s = time.process_time() - started
     line.add(b"abc\n")
 
-    assert took_s < 0.5  # quadratic work took more than two seconds
+    assert took_s < 1.5  # quadratic work took more than two seconds
     with pytest.raises(InvalidRequest, match="Line 1048577 is not a dictionary"):
         line.check()
 

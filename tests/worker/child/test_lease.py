@@ -29,4 +29,4 @@ def test_within_the_lease_it_does_not_wait(tmp_path: Path) -> None:
 
     wait_until_ours(folder)
 
-    assert time.monotonic() - started < 0.1
+    assert time.monotonic() - started < 10  # it would have waited a minute
