@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from qlora_core.quant import bitsandbytes
 from qlora_core.quant.double_quant import ops as scale_ops
 from qlora_core.quant.nf4 import ops as code_ops
 
@@ -97,6 +99,38 @@ class NF4Weight:
             nested_absmax=None if self.nested_absmax is None else self.nested_absmax.to(device),
             offset=None if self.offset is None else self.offset.to(device),
         )
+
+    def to_bitsandbytes(self, name: str) -> dict[str, Tensor]:
+        """Give the tensors in which bitsandbytes keeps this weight in a checkpoint, by key.
+
+        Args:
+            name: the weight's own key, such as ``model.layers.0.mlp.up_proj.weight``; the other keys begin with it.
+
+        Returns:
+            ``name`` uint8 [ceil(n / 2), 1] and the tensors beside it, on this weight's device. Codes and scales share
+            this weight's memory.
+
+        Source: bitsandbytes 0.50.2, ``QuantState.as_dict(packed=True)``; docs/formats/bitsandbytes.md.
+        """
+        return bitsandbytes.write(self, name)
+
+    @classmethod
+    def from_bitsandbytes(cls, tensors: Mapping[str, Tensor], name: str) -> NF4Weight:
+        """Take a weight from the tensors of a checkpoint that bitsandbytes (or `to_bitsandbytes`) wrote.
+
+        Args:
+            tensors: by key; those that do not begin with ``name`` are not looked at. The codes may be stored as
+                float16, bfloat16 or float32 (``bnb_4bit_quant_storage``).
+            name: the weight's own key.
+
+        Returns:
+            The weight, in the memory of the tensors given.
+
+        Raises:
+            ModelWeightsInvalid: a tensor is missing, one too many, or of a wrong dtype, length or content.
+            ModelUnsupported: the weight is not in NF4, or in a form of it that bitsandbytes does not write.
+        """
+        return cls(*bitsandbytes.read(tensors, name))
 
 
 def quantize_nf4(
