@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from qlora_core.errors import ConfigError
 from qlora_core.quant import bitsandbytes
 from qlora_core.quant.double_quant import ops as scale_ops
 from qlora_core.quant.nf4 import ops as code_ops
+from qlora_core.quant.scale_search import improve_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +137,12 @@ class NF4Weight:
 
 
 def quantize_nf4(
-    weight: Tensor, *, block_size: int = 64, double_quant: bool = True, name: str = "weight"
+    weight: Tensor,
+    *,
+    block_size: int = 64,
+    double_quant: bool = True,
+    scale: Literal["absmax", "mse"] = "absmax",
+    name: str = "weight",
 ) -> NF4Weight:
     """Quantize a tensor to NF4.
 
@@ -143,6 +151,8 @@ def quantize_nf4(
         block_size: elements per scale, a power of two from 32 to 4096.
         double_quant: whether the scales become 8-bit codes too (4.127 bits per parameter instead
             of 4.5 at block size 64).
+        scale: "absmax" gives the format as everybody writes it; "mse" searches for each block the
+            scale with the least squared error, in the same format (`scale_search`).
         name: of the tensor, for error messages.
 
     Returns:
@@ -154,8 +164,14 @@ def quantize_nf4(
 
     Source: QLoRA, arXiv:2305.14314, section 3. The format is described in docs/formats/nf4.md.
     """
+    if scale not in ("absmax", "mse"):
+        raise ConfigError(f'scale must be "absmax" or "mse", not {scale!r}')
     packed, absmax = code_ops.quantize_nf4(weight, block_size=block_size, name=name)
     nested_absmax = offset = None
     if double_quant:
         absmax, nested_absmax, offset = scale_ops.quantize_absmax(absmax, name=f"absmax of {name}")
+    if scale == "mse":
+        packed, absmax = improve_scales(
+            weight, packed, absmax, nested_absmax, offset, block_size=block_size
+        )
     return NF4Weight(packed, absmax, nested_absmax, offset, weight.shape, block_size, weight.dtype)
