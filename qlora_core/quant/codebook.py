@@ -1,65 +1,93 @@
-"""The number tables of the storage format: the sixteen NF4 levels and the 8-bit dynamic map.
+"""The number tables of the storage formats: NF4, its comparators, and the 8-bit dynamic map.
 
-Both are compared bit for bit with what other tools read and write, so the values here are float32
-values written out in full; nothing may recompute them in another precision.
+Each is derived by the rule it was published with, in Python's floats, and rounded to float32 where
+the published one was. Other tools compare and multiply with these bits, so nothing may compute them
+another way: `torch.linspace`, for one, gives other last bits on CPUs that do not fuse
+multiplication and addition.
 """
 
 from __future__ import annotations
 
+import struct
 from functools import cache
+from itertools import pairwise
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-# QLoRA, arXiv:2305.14314, appendix E: quantiles of N(0, 1), asymmetric so that zero is exact.
-NF4_LEVELS: tuple[float, ...] = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-# The midpoints of neighbouring levels, rounded to float32: a code is the number of these that lie
-# strictly below the scaled value, so a value on a threshold gets the lower level.
-NF4_THRESHOLDS: tuple[float, ...] = (
-    -0.8480963706970215,
-    -0.6106328964233398,
-    -0.4599952697753906,
-    -0.33967941999435425,
-    -0.23460739850997925,
-    -0.13791173696517944,
-    -0.045525018125772476,
-    0.03979014977812767,
-    0.120255246758461,
-    0.2035212516784668,
-    0.2920137643814087,
-    0.3893125355243683,
-    0.5016634464263916,
-    0.6427869200706482,
-    0.8614784479141235,
-)
 BLOCK_SIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 
 _EXPONENTS = 7
 
 
+def _float32(value: float) -> float:
+    """Round to the nearest float32."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
+def _evenly(start: float, stop: float, count: int) -> list[float]:
+    """Give ``count`` evenly spaced float32 values from ``start`` to ``stop``, both included.
+
+    The first half is counted from the start and the second from the end, each rounded once.
+    """
+    start, stop = _float32(start), _float32(stop)
+    step = _float32((stop - start) / (count - 1))
+    half = count // 2
+    return [_float32(start + i * step) for i in range(half)] + [
+        _float32(stop - i * step) for i in reversed(range(count - half))
+    ]
+
+
+def _middles(values: list[float] | tuple[float, ...]) -> list[float]:
+    """Give the float32 nearest to the middle between each value and the next."""
+    return [_float32((low + high) / 2) for low, high in pairwise(values)]
+
+
+def _normal_float_levels() -> tuple[float, ...]:
+    """Derive the sixteen NF4 levels: quantiles of N(0, 1), asymmetric so that zero is exact.
+
+    Eight levels are above zero and seven below. On each side they are the quantiles at evenly spaced
+    probabilities from the outermost one down to 1/2, which is zero itself, divided by the largest.
+    The outermost probability lies between those that 16 and 15 levels alone would have, 1 - 1/32 and
+    1 - 1/30: it is their mean, to seven digits.
+
+    Source: QLoRA, arXiv:2305.14314, appendix E; the seven digits are those of bitsandbytes 0.50.2,
+    ``functional.create_normal_map``.
+    """
+    outermost = round(((1 - 1 / 32) + (1 - 1 / 30)) / 2, 7)
+    quantile = NormalDist().inv_cdf
+    above = [quantile(p) for p in _evenly(outermost, 0.5, 9)[:-1]]
+    below = [-quantile(p) for p in _evenly(outermost, 0.5, 8)[:-1]]
+    levels = sorted(_float32(level) for level in [*below, 0.0, *above])
+    return tuple(_float32(level / levels[-1]) for level in levels)
+
+
+# A code is the index of its level.
+NF4_LEVELS: tuple[float, ...] = _normal_float_levels()
+# A code is the number of these that lie strictly below the scaled value, so a value on a threshold
+# gets the lower level.
+NF4_THRESHOLDS: tuple[float, ...] = tuple(_middles(NF4_LEVELS))
+
+# One bit for the sign, two for the exponent, one for the mantissa, in units of the largest, 12: the
+# code is the bit pattern as bitsandbytes reads it, not an order. Source: its ``get_4bit_type``.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4_LEVELS: tuple[float, ...] = tuple(
+    _float32(sign * magnitude / 12) + 0.0  # which makes the negative zero a positive one
+    for sign in (1, -1)
+    for magnitude in _FP4_MAGNITUDES
+)
+# The code of each level, ascending; zero's second code, which only rounding reaches, after its first.
+FP4_CODES: tuple[int, ...] = tuple(sorted(range(16), key=lambda code: (FP4_LEVELS[code], code)))
+FP4_THRESHOLDS: tuple[float, ...] = tuple(_middles([FP4_LEVELS[code] for code in FP4_CODES]))
+
+
 @cache
 def dynamic_map(*, signed: bool = True) -> tuple[float, ...]:
     """Give the 256 levels of the 8-bit dynamic data type, ascending, as exact float32 values.
 
-    For each power of ten 10^(i-6), i in 0..6, the mid-points of an even division of [0.1, 1] into
+    For each power of ten 10^(i-6), i in 0..6, the middles of an even division of [0.1, 1] into
     2^i (signed) or 2^(i+1) (unsigned) parts, negated as well when signed; then 0 and 1.
 
     Source: Dettmers, "8-bit Approximations for Parallelism in Deep Learning", arXiv:1511.04561,
@@ -68,9 +96,8 @@ def dynamic_map(*, signed: bool = True) -> tuple[float, ...]:
     levels = [0.0, 1.0]
     for exponent in range(_EXPONENTS):
         parts = 2**exponent if signed else 2 ** (exponent + 1)
-        edges = torch.linspace(0.1, 1, parts + 1, dtype=torch.float32, device="cpu")
-        middles = (edges[:-1] + edges[1:]) / 2.0
-        scaled = (middles * 10.0 ** (exponent - _EXPONENTS + 1)).tolist()
+        power = _float32(10.0 ** (exponent - _EXPONENTS + 1))
+        scaled = [_float32(middle * power) for middle in _middles(_evenly(0.1, 1.0, parts + 1))]
         levels += scaled
         if signed:
             levels += [-level for level in scaled]

@@ -1,38 +1,84 @@
-"""The tables of the storage format, against values derived elsewhere."""
+"""The tables of the storage formats, against the published ones and bitsandbytes."""
 
 import hashlib
-from itertools import pairwise
-from statistics import NormalDist
+import math
 
 import numpy as np
+import pytest
 import torch
+from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
 
-from qlora_core.quant.codebook import NF4_LEVELS, NF4_THRESHOLDS, dynamic_map
+from qlora_core.quant.codebook import (
+    FP4_CODES,
+    FP4_LEVELS,
+    FP4_THRESHOLDS,
+    NF4_LEVELS,
+    NF4_THRESHOLDS,
+    dynamic_map,
+)
+from tests.qlora_core.quant import brute_force
 
 
-def test_the_levels_are_the_quantiles_of_a_normal_distribution() -> None:
-    # QLoRA, appendix E: the quantiles of N(0, 1) at evenly spaced probabilities, eight on the
-    # positive side and seven on the negative, plus an exact zero, scaled to [-1, 1].
-    offset = 0.9677083
-    normal = NormalDist()
-    positive = [normal.inv_cdf(p) for p in np.linspace(offset, 0.5, 9)[:-1]]
-    negative = [-normal.inv_cdf(p) for p in np.linspace(offset, 0.5, 8)[:-1]]
+def test_the_derived_levels_are_the_published_ones_to_the_last_bit() -> None:
+    assert list(NF4_LEVELS) == [float(level) for level in brute_force.LEVELS]
 
-    levels = sorted([*positive, *negative, 0.0])
 
-    expected = np.array(levels) / max(levels)
-    np.testing.assert_allclose(NF4_LEVELS, expected, rtol=0, atol=2e-7)
+def test_each_level_stands_for_an_equal_share_of_a_normal_distribution() -> None:
+    # The middles of neighbouring levels cut N(0, 1), in units of the largest level, in parts of
+    # nearly one size; the outermost ones also hold the tails.
+    outermost = 1.8481
+    cuts = [-math.inf, *(outermost * middle for middle in NF4_THRESHOLDS), math.inf]
+
+    shares = np.diff([(1 + math.erf(cut / math.sqrt(2))) / 2 for cut in cuts])
+
+    assert shares[1:-1].min() > 0.055
+    assert shares[1:-1].max() < 0.076
 
 
 def test_every_table_value_is_a_float32() -> None:
-    for table in (NF4_LEVELS, NF4_THRESHOLDS, dynamic_map(signed=True)):
+    for table in (NF4_LEVELS, NF4_THRESHOLDS, FP4_LEVELS, FP4_THRESHOLDS, dynamic_map()):
         assert [float(np.float32(value)) for value in table] == list(table)
 
 
 def test_the_thresholds_are_the_midpoints_of_neighbouring_levels() -> None:
-    middles = [(low + high) / 2 for low, high in pairwise(NF4_LEVELS)]
+    levels = np.array(NF4_LEVELS, np.float32)
 
-    assert list(NF4_THRESHOLDS) == [float(np.float32(middle)) for middle in middles]
+    assert list(NF4_THRESHOLDS) == ((levels[:-1] + levels[1:]) / np.float32(2)).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "thresholds", "codes"),
+    [("nf4", NF4_THRESHOLDS, tuple(range(16))), ("fp4", FP4_THRESHOLDS, FP4_CODES)],
+)
+def test_bitsandbytes_changes_codes_at_the_same_float32(
+    kind: str, thresholds: tuple[float, ...], codes: tuple[int, ...]
+) -> None:
+    on = np.array(thresholds, np.float32)
+    below = np.nextafter(on, np.float32(-2))
+    above = np.nextafter(on, np.float32(2))
+    values = torch.from_numpy(np.concatenate([below, on, above, [1.0], np.zeros(18)])).float()
+
+    packed, _ = quantize_4bit(values, blocksize=64, quant_type=kind)
+
+    theirs = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 0x0F), dim=1).view(-1).tolist()
+    assert theirs[:15] == list(codes[:15])
+    assert theirs[15:30] == list(codes[:15])
+    assert theirs[30:45] == list(codes[1:])
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("nf4", NF4_LEVELS), ("fp4", FP4_LEVELS)])
+def test_bitsandbytes_has_the_same_levels(kind: str, levels: tuple[float, ...]) -> None:
+    assert get_4bit_type(kind, device="cpu").tolist() == list(levels)
+
+
+def test_fp4_has_a_sign_two_bits_of_exponent_and_one_of_mantissa() -> None:
+    # Bias 3 over the bit patterns as bitsandbytes numbers them; the subnormal is 1/16.
+    magnitudes = [0, 1 / 16, 8, 12, 4, 6, 2, 3]
+
+    expected = np.array([*magnitudes, *(-magnitude for magnitude in magnitudes)], np.float32)
+
+    assert list(FP4_LEVELS) == (expected / np.float32(12)).tolist()
+    assert sorted(FP4_CODES) == list(range(16))
 
 
 def test_the_dynamic_maps_equal_the_published_ones_byte_for_byte() -> None:
@@ -45,6 +91,16 @@ def test_the_dynamic_maps_equal_the_published_ones_byte_for_byte() -> None:
     assert digests[False].hexdigest().startswith("305f002cc112")
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_dynamic_maps_are_those_of_bitsandbytes(signed: bool) -> None:
+    theirs = create_dynamic_map(signed=signed)
+
+    # On a CPU that does not fuse multiplication and addition, theirs has other last bits.
+    tolerance = 0.0 if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else 1e-6
+    ours = torch.tensor(dynamic_map(signed=signed))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=0)
+
+
 def test_the_signed_map_has_127_negative_levels_an_exact_zero_and_128_positive_ones() -> None:
     levels = dynamic_map(signed=True)
 
@@ -55,10 +111,9 @@ def test_the_signed_map_has_127_negative_levels_an_exact_zero_and_128_positive_o
     assert round(levels[0], 6) == -0.992969
 
 
-def test_the_maps_can_be_built_inside_a_meta_device_context() -> None:
-    dynamic_map.cache_clear()
+def test_the_unsigned_map_has_an_exact_zero_and_255_positive_levels() -> None:
+    levels = dynamic_map(signed=False)
 
-    with torch.device("meta"):
-        levels = dynamic_map(signed=True)
-
-    assert len(levels) == 256
+    assert levels[0] == 0.0
+    assert sum(level > 0 for level in levels) == 255
+    assert levels[-1] == 1.0
