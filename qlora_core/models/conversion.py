@@ -6,9 +6,10 @@ to names alone; tensors are read later, one plan step at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from qlora_core.errors import EngineError, ModelUnsupported
+from qlora_core.models.reading import TensorReader
 
 
 @dataclass
@@ -38,18 +40,19 @@ class PlanStep:
     sources: list[tuple[str, str]] = field(default_factory=list)
     converter: WeightConverter | None = None
 
-    def run(
-        self, model: PreTrainedModel, read: Callable[[str], Tensor]
-    ) -> Iterable[tuple[str, Tensor]]:
+    def run(self, model: PreTrainedModel, reader: TensorReader) -> Iterable[tuple[str, Tensor]]:
         """Read the step's tensors and give the parameters they make, by path.
 
+        What it gives may lie in memory that the reader uses again for the next step.
+
         Raises:
+            ModelWeightsInvalid: a tensor cannot be read.
             ModelUnsupported: transformers' conversion does not accept them.
         """
         if self.converter is None:
-            return [(self.target, read(self.sources[0][0]))]
+            return [(self.target, reader.lend(self.sources[0][0]))]
         for name, pattern in self.sources:
-            self.converter.add_tensor(self.target, name, pattern, _reader(read, name))
+            self.converter.add_tensor(self.target, name, pattern, partial(reader.take, name))  # pyright: ignore[reportArgumentType]
         try:
             made = self.converter.convert(self.target, model=model, config=model.config)
         except EngineError:
@@ -102,7 +105,3 @@ def _target_of(
     if target not in wanted and name in wanted:
         return name, None
     return target, pattern
-
-
-def _reader(read: Callable[[str], Tensor], name: str) -> Callable[[], Tensor]:
-    return lambda: read(name)

@@ -1,7 +1,7 @@
 """Finds a model folder's weight files and refuses, in a sentence, what cannot be read safely.
 
 Only safetensors files are opened. Pickle files (`pytorch_model.bin`) can run code when read, so
-they are named in the error and never touched.
+they are named in the error and never touched. Needs no torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from qlora_core.errors import (
     ModelWeightsMissing,
     ModelWeightsPickle,
 )
+from qlora_core.models.header import HeaderError, TensorPlace, read_header
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -31,11 +32,11 @@ class WeightFiles:
     """Where each tensor of a checkpoint is.
 
     Attributes:
-        file_of: the file of each tensor, by the checkpoint's own name of it.
+        places: of the tensors, by the checkpoint's own names.
         total_bytes: size of all files together.
     """
 
-    file_of: dict[str, Path]
+    places: dict[str, TensorPlace]
     total_bytes: int
 
 
@@ -66,20 +67,22 @@ def find_weights(folder: Path) -> WeightFiles:
         ModelWeightsInvalid: a file is truncated or malformed, or disagrees with the index.
     """
     shards, indexed = find_shards(folder)
-    file_of: dict[str, Path] = {}
+    places: dict[str, TensorPlace] = {}
     for shard in shards:
-        for name in _names_in(shard):
-            if name in file_of:
+        for name, place in _tensors_in(shard).items():
+            if name in places:
                 raise ModelWeightsInvalid(
-                    f"the tensor {name} is in two files, {file_of[name].name} and {shard.name}"
+                    f"the tensor {name} is in two files, {places[name].path.name} and {shard.name}"
                 )
-            file_of[name] = shard
+            places[name] = place
     for name, shard_name in indexed.items():
-        if name not in file_of or file_of[name].name != shard_name:
+        if name not in places or places[name].path.name != shard_name:
             raise ModelWeightsInvalid(
                 f"{_INDEX} says that {shard_name} holds the tensor {name}, but it does not"
             )
-    return WeightFiles(file_of, sum(shard.stat().st_size for shard in shards))
+    if not places:
+        raise ModelWeightsMissing(f"the weight files of {folder} hold no tensors")
+    return WeightFiles(places, sum(shard.stat().st_size for shard in shards))
 
 
 def find_shards(
@@ -131,14 +134,10 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _names_in(shard: Path) -> list[str]:
-    # Not above: who only asks for the files (`find_shards`) need not have safetensors, which loads torch.
-    from safetensors import SafetensorError, safe_open
-
+def _tensors_in(shard: Path) -> dict[str, TensorPlace]:
     try:
-        with safe_open(shard, framework="pt", device="cpu") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
+        return read_header(shard)
+    except (HeaderError, OSError) as error:
         raise ModelWeightsInvalid(
             f"the weight file {shard.name} is truncated or malformed ({error}); copy it again"
         ) from error
@@ -147,5 +146,5 @@ def _names_in(shard: Path) -> list[str]:
 def _read_json(path: Path, wrong: type[ModelUnsupported | ModelWeightsInvalid]) -> Any:  # noqa: ANN401 - JSON
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise wrong(f"{path} is not readable JSON ({error})") from error

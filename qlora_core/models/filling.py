@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,80 +12,64 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.errors import ModelUnsupported, ModelWeightsInvalid, NonFiniteError
+from qlora_core.models.choice import Choice, is_plain_linear
 from qlora_core.nn.nf4_linear import NF4Linear
-from qlora_core.quant import quantize_nf4
+from qlora_core.quant import NF4Weight
 from qlora_core.quant.checks import FLOATS
-
-# A subclass of nn.Linear whose own forward computes just what nn.Linear's does.
-_PLAIN_LINEARS = frozenset({"Linear", "FalconLinear"})
 
 
 class Filling:
-    """Puts tensors into a skeleton, each in its final form."""
+    """Puts tensors into a skeleton, each in its final form.
+
+    Args:
+        model: with its parameters on the meta device.
+        device: where everything goes.
+        compute_dtype: of the products with what is quantized.
+        choice: what is quantized; None: nothing but what the checkpoint has in NF4.
+        quantize: makes a weight's NF4 of a dense tensor, given its ``name``.
+        keep_nf4: whether what the checkpoint has in NF4 stays so; else it becomes dense.
+    """
 
     def __init__(
         self,
         model: PreTrainedModel,
         device: torch.device,
         compute_dtype: torch.dtype,
-        skip_modules: Sequence[str],
+        choice: Choice | None,
+        quantize: Callable[..., NF4Weight],
         *,
-        quantize: bool,
+        keep_nf4: bool,
     ) -> None:
         self._model = model
         self._device = device
         self._compute_dtype = compute_dtype
+        self._linears = frozenset() if choice is None else choice.linears
+        self._quantize = quantize
+        self._keep_nf4 = keep_nf4
         self._wanted = dict(model.state_dict())
         self._float32 = _patterns_kept_in_float32(model, compute_dtype)
-        self._quantized = _linears_to_quantize(model, skip_modules) if quantize else frozenset()
-        self._quantize = quantize
 
     @property
     def wanted(self) -> set[str]:
         """The names of all parameters and saved buffers of the architecture."""
         return set(self._wanted)
 
-    def refuse_what_cannot_be_quantized(self) -> None:
-        """Refuse matrices that are no plain linear layers: they would silently stay 16-bit."""
-        if not self._quantize:
-            return
-        for path, module in self._model.named_modules():
-            kind = type(module).__name__
-            own_kind = isinstance(module, nn.Linear) and kind not in _PLAIN_LINEARS
-            if own_kind or isinstance(module, Conv1D):
-                raise ModelUnsupported(
-                    f"{path} is a linear layer of its own kind ({kind}), which cannot be quantized"
-                )
-            for name, parameter in module.named_parameters(recurse=False):
-                if parameter.dim() >= 3 and "Conv" not in kind:
-                    raise ModelUnsupported(
-                        f"{path}.{name} of shape {list(parameter.shape)} holds the weights of "
-                        f"several experts in one tensor ({kind}); models with fused experts cannot "
-                        "be quantized yet"
-                    )
-        if not self._quantized:
-            raise ModelUnsupported(
-                f"{type(self._model).__name__} has no linear layers that could be quantized"
-            )
-
     def put(self, name: str, tensor: Tensor) -> None:
-        """Check one tensor against the architecture and put it in its place."""
-        wanted = self._wanted.get(name)
-        if wanted is None:
-            raise ModelWeightsInvalid(f"the checkpoint makes {name}, which the model does not have")
-        if tensor.shape != wanted.shape:
-            raise ModelWeightsInvalid(
-                f"{name} is {list(tensor.shape)} in the checkpoint, but config.json makes it "
-                f"{list(wanted.shape)}"
-            )
+        """Check one tensor against the architecture and put it in its place; it may be overwritten afterwards.
+
+        Raises:
+            ModelWeightsInvalid: it has no place there, another shape, or is not finite.
+            ModelUnsupported: it is of another dtype than weights are.
+        """
+        wanted = self._find(name, tensor.shape)
         if wanted.is_floating_point() and tensor.dtype not in FLOATS:
             raise ModelUnsupported(
                 f"{name} is {tensor.dtype} in the checkpoint; only float16, bfloat16 and float32 "
                 "weights can be loaded"
             )
         module_path, _, attribute = name.rpartition(".")
-        if attribute == "weight" and module_path in self._quantized:
-            self._put_quantized(module_path, name, tensor)
+        if attribute == "weight" and module_path in self._linears:
+            self._put_linear(module_path, self._quantized(module_path, name, tensor))
             return
         owner = self._model.get_submodule(module_path)
         value = tensor.to(self._device, self._dtype_of(name, wanted), copy=True)
@@ -94,13 +78,51 @@ class Filling:
         else:
             owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
 
-    def _put_quantized(self, module_path: str, name: str, tensor: Tensor) -> None:
-        linear = self._model.get_submodule(module_path)
+    def put_quantized(self, name: str, weight: NF4Weight) -> None:
+        """Put a weight that the checkpoint has in NF4 in its place.
+
+        Raises:
+            ModelWeightsInvalid: it has another shape than the architecture's.
+            ModelUnsupported: its place is no linear layer.
+        """
+        module_path, _, attribute = name.rpartition(".")
+        owner = self._model.get_submodule(module_path)
+        if attribute != "weight" or not is_plain_linear(owner):
+            raise ModelUnsupported(
+                f"{name} is in NF4 in the checkpoint, but {type(owner).__name__} is no linear layer "
+                "that can be quantized"
+            )
+        # bitsandbytes keeps the transpose of a Conv1D, which is a linear layer's weight.
+        transposed = isinstance(owner, Conv1D)
+        self._find(name, weight.shape[::-1] if transposed else weight.shape)
+        if self._keep_nf4:
+            self._put_linear(module_path, weight.to(self._device))
+        else:
+            dense = weight.dequantize()
+            self.put(name, dense.T if transposed else dense)
+
+    def _find(self, name: str, shape: torch.Size) -> Tensor:
+        wanted = self._wanted.get(name)
+        if wanted is None:
+            raise ModelWeightsInvalid(f"the checkpoint makes {name}, which the model does not have")
+        if shape != wanted.shape:
+            raise ModelWeightsInvalid(
+                f"{name} is {list(shape)} in the checkpoint, but config.json makes it "
+                f"{list(wanted.shape)}"
+            )
+        return wanted
+
+    def _quantized(self, module_path: str, name: str, tensor: Tensor) -> NF4Weight:
+        tensor = tensor.to(self._device)
+        if isinstance(self._model.get_submodule(module_path), Conv1D):
+            tensor = tensor.T.contiguous()
         try:
-            weight = quantize_nf4(tensor.to(self._device), name=name)
+            return self._quantize(tensor, name=name)
         except NonFiniteError as error:
             raise ModelWeightsInvalid(error.message) from error
-        bias: Any = linear.bias  # on meta until the checkpoint's turn comes
+
+    def _put_linear(self, module_path: str, weight: NF4Weight) -> None:
+        bias: Any = self._model.get_submodule(module_path).bias  # on meta until its turn comes
         quantized = NF4Linear(weight, bias, compute_dtype=self._compute_dtype)
         self._model.set_submodule(module_path, quantized)
 
@@ -112,28 +134,14 @@ class Filling:
         return wanted.dtype
 
 
-def _linears_to_quantize(model: PreTrainedModel, skip_modules: Sequence[str]) -> frozenset[str]:
-    """Give the paths of the linear layers to quantize; a weight tied to another stays dense."""
-    tied = model.all_tied_weights_keys
-    shared = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
-    return frozenset(
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and path not in shared and not _names(path, skip_modules)
-    )
-
-
-def _names(path: str, skip_modules: Sequence[str]) -> bool:
-    """Whether one of the names is the path, the end of it, or a part it lies under."""
-    dotted = f".{path}."
-    return any(f".{name}." in dotted for name in skip_modules)
-
-
 def _patterns_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """Give the patterns of parameters that the architecture wants in float32 despite ``dtype``."""
+    """Give the patterns of parameters that the architecture wants in float32 despite ``dtype``.
+
+    Source: transformers 5.23, ``PreTrainedModel._get_dtype_plan``: patterns found anywhere in a name, ``*`` for anything.
+    """
     always = model._keep_in_fp32_modules_strict or []  # noqa: SLF001 - transformers' own contract
     in_float16 = model._keep_in_fp32_modules or []  # noqa: SLF001
     if dtype == torch.float32:
         return []
     names = [*always, *(in_float16 if dtype == torch.float16 else [])]
-    return [rf"(^|\.){re.escape(name)}(\.|$)" for name in names]
+    return [name.replace("*", ".*") for name in names]

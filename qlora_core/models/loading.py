@@ -7,20 +7,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from qlora_core.errors import ModelUnsupported, ModelWeightsInvalid, ModelWeightsMissing
-from qlora_core.models.conversion import plan_loading
-from qlora_core.models.files import WeightFiles, find_weights
+from qlora_core.models.choice import choose_layers
+from qlora_core.models.conversion import PlanStep, plan_loading
+from qlora_core.models.files import find_weights, read_config
 from qlora_core.models.filling import Filling
+from qlora_core.models.prequantized import group_tensors, refuse_other_formats
+from qlora_core.models.reading import TensorReader
 from qlora_core.models.skeleton import build_skeleton, first_line
+from qlora_core.quant import NF4Weight, quantize_nf4
 
 _NAMES_SHOWN = 5
 
@@ -32,21 +33,30 @@ def load_model(
     compute_dtype: torch.dtype,
     skip_modules: Sequence[str] = ("lm_head",),
     quantize: bool = True,
+    block_size: int = 64,
+    double_quant: bool = True,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model with its linear layers in NF4, doubly quantized.
+    """Load a causal language model with its linear layers in NF4.
+
+    A checkpoint that bitsandbytes has quantized to NF4 already is loaded as it is: its 4-bit layers with the same bits,
+    the others dense, whatever ``skip_modules``, ``block_size`` and ``double_quant`` say.
 
     Args:
         path: folder with config.json and safetensors weights, in one file or in shards.
         device: where the model goes.
         compute_dtype: of everything that is not quantized, and of the products with what is.
             On a CPU use float32.
-        skip_modules: short names or paths of linear layers that stay dense.
-        quantize: False keeps every layer dense.
+        skip_modules: short names or paths of linear layers that stay dense; ``lm_head`` stands for the output head,
+            whatever the architecture calls it.
+        quantize: False keeps every layer dense, and makes those dense that the checkpoint has in NF4.
+        block_size: elements per scale, a power of two from 32 to 4096.
+        double_quant: whether the scales become 8-bit codes too.
         on_progress: called with (bytes done, bytes in all) of the weight files.
 
     Returns:
-        The model in evaluation mode, nothing in it trainable; its linear layers are `NF4Linear`s.
+        The model in evaluation mode, nothing in it trainable; its linear layers are `NF4Linear`s. Embeddings,
+        convolutions, routers, norms and what shares its weight with another layer stay dense.
 
     Raises:
         ModelNotFound: the folder or its config.json is not there.
@@ -54,22 +64,33 @@ def load_model(
         ModelWeightsPickle: the weights are only there as pickle files.
         ModelWeightsInvalid: a file is truncated, or a tensor has a wrong shape, is not finite, or
             has no place in the architecture.
-        ModelUnsupported: transformers has no such causal language model, or its weights cannot be
-            quantized.
+        ModelUnsupported: transformers has no such causal language model, its weights cannot be
+            quantized, or are quantized already in another way.
     """
     folder, device = Path(path), torch.device(device)
+    declared = refuse_other_formats(folder, read_config(folder))
     model = build_skeleton(folder, compute_dtype)
     files = find_weights(folder)
-    fill = Filling(model, device, compute_dtype, skip_modules, quantize=quantize)
-    fill.refuse_what_cannot_be_quantized()
-    steps, unexpected = plan_loading(model, files.file_of)
+    in_nf4 = group_tensors(files.places)
+    if declared and not in_nf4:
+        raise ModelWeightsInvalid(
+            f"config.json of {folder} says that its weights are quantized, but none of them is"
+        )
+    choice = choose_layers(model, skip_modules) if quantize and not in_nf4 else None
+    quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant)
+    fill = Filling(model, device, compute_dtype, choice, quantizer, keep_nf4=quantize)
+    beside = {key for keys in in_nf4.values() for key in keys[1:]}
+    steps, unexpected = plan_loading(model, files.places.keys() - beside)
     _refuse_unexpected(model, unexpected)
 
     loaded: set[str] = set()
-    with ExitStack() as stack:
-        read = _reader(files, stack, on_progress)
+    with TensorReader(files, device, on_progress) as reader:
         for step in steps:
-            for name, tensor in step.run(model, read):
+            if any(name in in_nf4 for name, _ in step.sources):
+                fill.put_quantized(step.target, _take_quantized(step, in_nf4, reader))
+                loaded.add(step.target)
+                continue
+            for name, tensor in step.run(model, reader):
                 fill.put(name, tensor)
                 loaded.add(name)
     _finish(model, folder, device, fill.wanted - loaded)
@@ -90,30 +111,21 @@ def _refuse_unexpected(model: PreTrainedModel, names: Sequence[str]) -> None:
         )
 
 
-def _reader(
-    files: WeightFiles, stack: ExitStack, on_progress: Callable[[int, int], None] | None
-) -> Callable[[str], Tensor]:
-    """Give a function that reads one tensor; files stay open until ``stack`` closes."""
-    opened: dict[Path, Any] = {}
-    done = 0
+def _take_quantized(
+    step: PlanStep, in_nf4: dict[str, list[str]], reader: TensorReader
+) -> NF4Weight:
+    """Read a weight that is in NF4 already.
 
-    def read(name: str) -> Tensor:
-        nonlocal done
-        path = files.file_of[name]
-        try:
-            if path not in opened:
-                opened[path] = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            tensor = opened[path].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelWeightsInvalid(
-                f"the tensor {name} cannot be read from {path.name} ({error})"
-            ) from error
-        done += tensor.nbytes
-        if on_progress is not None:
-            on_progress(min(done, files.total_bytes), files.total_bytes)
-        return tensor
-
-    return read
+    Raises:
+        ModelUnsupported: transformers would make another parameter of it, which needs it dense.
+    """
+    name = step.sources[0][0]
+    if step.converter is not None or len(step.sources) > 1:
+        raise ModelUnsupported(
+            f"{name} is in NF4 in the checkpoint, but this architecture makes {step.target} of it and of others, "
+            "which needs them dense; start from the 16- or 32-bit weights"
+        )
+    return NF4Weight.from_bitsandbytes({key: reader.take(key) for key in in_nf4[name]}, name)
 
 
 def _finish(

@@ -17,6 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from qlora_core.errors import ModelUnsupported
 from qlora_core.models.files import read_config
 
+# transformers' own mark of what its initialization is not to touch.
+_LEAVE_ALONE = "_is_hf_initialized"
+
 
 def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
     """Build the causal language model that ``folder``'s config.json describes, without weights.
@@ -30,20 +33,20 @@ def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
 
     Raises:
         ModelNotFound: the folder or its config.json is not there.
-        ModelUnsupported: the installed transformers has no causal language model for it, it needs
-            code from the folder, or its weights are quantized already.
+        ModelUnsupported: the installed transformers has no causal language model for it,
+            or it needs code from the folder.
     """
     model_type = read_config(folder).get("model_type", "unknown")
     config = _read_architecture(folder, model_type)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelUnsupported(
-            f"the model in {folder} is quantized already; start from its 16- or 32-bit weights"
-        )
+    # How the weights are stored is the loader's affair; the architecture is the same.
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
     try:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=compute_dtype, trust_remote_code=False
             )
+        _compute_buffers_again(model)
     # transformers' constructors raise whatever wrong sizes lead them to.
     except Exception as error:
         raise ModelUnsupported(
@@ -68,6 +71,16 @@ def _read_architecture(folder: Path, model_type: str) -> PreTrainedConfig:
 def first_line(error: Exception) -> str:
     """Give the first line of what transformers said; the rest lists what it supports."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _compute_buffers_again(model: PreTrainedModel) -> None:
+    """Fill the buffers that no checkpoint holds as ``from_pretrained`` does: not in the compute dtype's precision."""
+    for parameter in model.parameters():
+        setattr(parameter, _LEAVE_ALONE, True)
+    for module in model.modules():
+        setattr(module, _LEAVE_ALONE, False)
+    with torch.random.fork_rng(devices=[]):
+        model.initialize_weights()
 
 
 @contextmanager

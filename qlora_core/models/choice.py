@@ -1,0 +1,161 @@
+"""Decides which of a model's layers go into NF4, and refuses models in which too much would stay 16-bit.
+
+A layer that multiplies by a matrix in a way not known here cannot be replaced. Leaving it dense without a word would
+cost the memory that quantizing promises to save, so what stays dense is one of few things: embeddings and the output
+head, convolutions, routers (a wrong expert costs more than the bits), what the caller or the architecture asks for, and
+odd parameters that together are next to nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qlora_core.errors import ModelUnsupported
+
+HEAD = "lm_head"
+"""Stands for the output head in ``skip_modules``, whatever the architecture calls it."""
+
+MOST_ODD_SHARE = 0.02
+"""Of all elements, so many may be in parameters of no known kind, which stay dense."""
+
+# A subclass of nn.Linear whose own forward computes just what nn.Linear's does.
+_PLAIN_LINEARS = frozenset({"Linear", "FalconLinear"})
+_LOOKED_UP_OR_SLID = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # noqa: SLF001
+# A state of a few numbers per channel, such as Mamba's, is no matrix to multiply by.
+_THIN = 32
+_ROUTER = re.compile(r"Router|(MoE|Moe|TopK|Topk)\w*Gate$")
+# Kinds of modules that read the weight of these layers of theirs, instead of calling them.
+_READ_DIRECTLY = {
+    "MambaMixer": ("dt_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
+}
+_REWRITES_WEIGHTS = frozenset({"RwkvModel"})
+# Raw parameters of these names are added, not multiplied by.
+_ADDED = re.compile(r"bias|pos_|position|_pos|rel_")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a model's matrices.
+
+    Attributes:
+        linears: paths of the layers whose weight goes into NF4.
+    """
+
+    linears: frozenset[str]
+
+
+def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice:
+    """Choose the layers that go into NF4.
+
+    Args:
+        model: its parameters may be on the meta device.
+        skip_modules: short names or paths of linear layers that stay dense; `HEAD` stands for the output head.
+
+    Raises:
+        ModelUnsupported: a part of the model can neither be quantized nor be left dense, or nothing can be quantized.
+    """
+    dense = _paths_kept_dense(model, skip_modules)
+    linears: set[str] = set()
+    odd: dict[str, int] = {}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        if kind in _REWRITES_WEIGHTS:
+            raise ModelUnsupported(
+                f"{path or 'the model'} ({kind}) writes into the weights of its linear layers, which "
+                "cannot be quantized therefore"
+            )
+        if is_plain_linear(module):
+            if path not in dense:
+                linears.add(path)
+        elif _ROUTER.search(kind) or isinstance(module, _LOOKED_UP_OR_SLID):
+            continue
+        elif isinstance(module, nn.Linear) and not _is_in_attention(model, path):
+            raise ModelUnsupported(
+                f"{path} is a linear layer of its own kind ({kind}), which cannot be quantized"
+            )
+        else:
+            odd |= {f"{path}.{name}": size for name, size in _odd_parameters(path, module)}
+    if not linears:
+        raise ModelUnsupported(
+            f"{type(model).__name__} has no linear layers that could be quantized"
+        )
+    _refuse_many_odd(model, odd)
+    return Choice(frozenset(linears))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module computes ``x W^T + bias`` and nothing else."""
+    if isinstance(module, Conv1D):
+        return True
+    return isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_LINEARS
+
+
+def _paths_kept_dense(model: PreTrainedModel, skip_modules: Sequence[str]) -> set[str]:
+    """Give the paths of linear layers that stay dense, as skipped, tied, wanted in float32, or read by others."""
+    tied = model.all_tied_weights_keys
+    shared = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
+    # transformers does not let bitsandbytes quantize the latter either.
+    in_float32 = [
+        *(model._keep_in_fp32_modules or ()),  # noqa: SLF001
+        *(model._keep_in_fp32_modules_strict or ()),  # noqa: SLF001
+    ]
+    names = [*skip_modules, *in_float32]
+    paths = {path for path, _ in model.named_modules() if _names(path, names)}
+    for path, module in model.named_modules():
+        kind = type(module).__name__
+        children = [child for child, _ in module.named_children()] if _ROUTER.search(kind) else ()
+        paths |= {f"{path}.{child}" for child in (*children, *_READ_DIRECTLY.get(kind, ()))}
+    head = model.get_output_embeddings() if HEAD in skip_modules else None
+    return paths | shared | {path for path, module in model.named_modules() if module is head}
+
+
+def _names(path: str, names: Sequence[str]) -> bool:
+    """Whether one of the names is the path, the end of it, or a part it lies under."""
+    dotted = f".{path}."
+    return any(f".{name}." in dotted for name in names)
+
+
+def _is_in_attention(model: nn.Module, path: str) -> bool:
+    """Whether the layer belongs to a `torch.nn.MultiheadAttention`, which reads its weight directly."""
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _odd_parameters(path: str, module: nn.Module) -> Iterator[tuple[str, int]]:
+    """Give name and size of the module's own parameters that look like matrices.
+
+    Raises:
+        ModelUnsupported: they are experts' weights.
+    """
+    kind = type(module).__name__
+    for name, parameter in module.named_parameters(recurse=False):
+        sizes = sorted(parameter.shape)
+        if len(sizes) < 2 or sizes[-2] < _THIN or _ADDED.search(name):
+            continue
+        if "Expert" in kind:
+            raise ModelUnsupported(
+                f"{path}.{name} of shape {list(parameter.shape)} holds the weights of several experts "
+                f"in one tensor ({kind}); models with fused experts cannot be quantized yet"
+            )
+        yield name, parameter.numel()
+
+
+def _refuse_many_odd(model: nn.Module, odd: dict[str, int]) -> None:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if not odd or sum(odd.values()) <= MOST_ODD_SHARE * total:
+        return
+    name = max(odd, key=odd.__getitem__)
+    kind = type(model.get_submodule(name.rpartition(".")[0])).__name__
+    share = sum(odd.values()) / total
+    raise ModelUnsupported(
+        f"{name} ({kind}) and others like it are {share:.0%} of the model and no layers that can be "
+        "quantized; they would stay 16-bit"
+    )
