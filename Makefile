@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# A second Triton beside the environment's own, for the kernels' gate; it is only ever found through PYTHONPATH.
+OTHER_TRITON := $(VENV)/other-triton/.installed
+OTHER_TRITON_PIN := tests/qlora_core/aot/other-triton.txt
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all gpu gpu-bench check install clean
+.PHONY: help demo serve test test-all kernels gpu gpu-bench check install clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -19,11 +22,14 @@ demo: $(INSTALLED) ## fine-tune a small model from beginning to end, here and no
 serve: $(INSTALLED) ## start the service here and stay with it (Ctrl-C stops it)
 	@$(BIN)/python -m operations up
 
-test: $(INSTALLED) ## run the tests, with a real PostgreSQL and Valkey of their own
+test: $(INSTALLED) $(OTHER_TRITON) ## run the tests, with a real PostgreSQL and Valkey of their own
 	$(BIN)/pytest -n 2 --dist worksteal $(PYTEST_ARGS)
 
-test-all: $(INSTALLED) ## the same with the long forms
+test-all: $(INSTALLED) $(OTHER_TRITON) ## the same with the long forms
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
+
+kernels: $(INSTALLED) $(OTHER_TRITON) ## compile every GPU kernel for every GPU we serve, and examine the machine code (no GPU needed)
+	@$(BIN)/python -m tests.qlora_core.aot
 
 gpu: $(INSTALLED) ## run the tests that need an NVIDIA GPU
 	@if [ -e /dev/nvidia0 ]; then \
@@ -59,4 +65,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@began=$$(date +%s); \
 		$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[server,engine,dev]' && \
 		echo "Installed in $$(( $$(date +%s) - began )) s."
+	@touch $@
+
+$(OTHER_TRITON): $(OTHER_TRITON_PIN) | $(INSTALLED)
+	@rm -rf $(@D)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $(OTHER_TRITON_PIN)
 	@touch $@

@@ -89,6 +89,17 @@ def test_nothing_is_installed_again_until_pins_or_ranges_change(installed: Path)
     assert (up_to_date.returncode, changed.returncode) == (0, 1)
 
 
+def test_tests_and_kernels_have_a_second_triton_beside_the_environments_own() -> None:
+    pin = Path("tests", "qlora_core", "aot", "other-triton.txt")
+
+    for target in ("test", "test-all", "kernels"):
+        planned = _make(ROOT, "-n", "-o", ".venv/.installed", "-W", str(pin), target).stdout
+
+        install = f"--no-deps --target .venv/other-triton -r {pin}"
+        assert install in planned, target
+        assert "other-triton" not in planned.splitlines()[-1], "installed after its use"
+
+
 @pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="there is a GPU here")
 def test_gpu_tests_without_a_gpu_say_so_and_are_no_failure(installed: Path) -> None:
     ended = _make(installed, "gpu")

@@ -10,12 +10,9 @@ from torch import Tensor
 
 from qlora_core.errors import ShapeError
 from qlora_core.quant.checks import check_dtype, check_layout, check_scales_finite
-from qlora_core.quant.codebook import NESTED_BLOCK_SIZE, dynamic_thresholds
-from qlora_core.quant.devices import launching_on
+from qlora_core.quant.codebook import NESTED_BLOCK_SIZE
 from qlora_core.quant.double_quant import reference
-
-# Nested blocks per Triton program.
-BLOCKS = 4
+from qlora_core.quant.double_quant.launch import launch_quantize
 
 
 def quantize_absmax(absmax: Tensor, *, name: str = "absmax") -> tuple[Tensor, Tensor, Tensor]:
@@ -60,30 +57,6 @@ def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> T
     """
     check_nested(codes, nested_absmax, offset)
     return reference.dequantize_absmax(codes, nested_absmax, offset)
-
-
-def launch_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Run the Triton kernel behind `quantize_absmax` on checked scales."""
-    from qlora_core.quant.double_quant.kernels import quantize_absmax_kernel
-
-    offset = absmax.mean()
-    n = absmax.numel()
-    n_nested = -(-n // NESTED_BLOCK_SIZE)
-    codes = torch.empty(n, dtype=torch.uint8, device=absmax.device)
-    nested_absmax = torch.empty(n_nested, dtype=torch.float32, device=absmax.device)
-    with launching_on(absmax.device):
-        quantize_absmax_kernel[(-(-n_nested // BLOCKS),)](
-            absmax,
-            offset,
-            dynamic_thresholds(absmax.device),
-            codes,
-            nested_absmax,
-            n,
-            n_nested,
-            BLOCKS=BLOCKS,
-            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - a compile option
-        )
-    return codes, nested_absmax, offset
 
 
 def check_nested(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> None:

@@ -17,14 +17,9 @@ from qlora_core.quant.checks import (
     check_layout,
     check_scales_finite,
 )
-from qlora_core.quant.codebook import dynamic_levels, nf4_levels
-from qlora_core.quant.devices import launching_on
 from qlora_core.quant.double_quant.ops import check_nested, dequantize_absmax
 from qlora_core.quant.nf4 import cpu
-
-# Elements per Triton program of 128 threads; quantizing holds more registers per element.
-DEQUANTIZE_TILE = 4096
-QUANTIZE_TILE = 2048
+from qlora_core.quant.nf4.launch import launch_dequantize, launch_quantize
 
 
 def quantize_nf4(
@@ -109,61 +104,6 @@ def dequantize_nf4(
         absmax = dequantize_absmax(absmax, nested_absmax, offset)
     cpu.dequantize_nf4_into(packed, absmax, flat_out, block_size=block_size)
     return flat_out
-
-
-def launch_quantize(flat: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """Run the Triton kernel behind `quantize_nf4` on checked, flat values."""
-    from qlora_core.quant.nf4.kernels import quantize_nf4_kernel
-
-    n = flat.numel()
-    n_blocks = -(-n // block_size)
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=flat.device)
-    absmax = torch.empty(n_blocks, dtype=torch.float32, device=flat.device)
-    blocks = max(QUANTIZE_TILE // block_size, 1)
-    with launching_on(flat.device):
-        quantize_nf4_kernel[(-(-n_blocks // blocks),)](
-            flat,
-            packed,
-            absmax,
-            n,
-            n_blocks,
-            BLOCK_SIZE=block_size,
-            BLOCKS=blocks,
-            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - a compile option
-        )
-    return packed, absmax
-
-
-def launch_dequantize(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    offset: Tensor | None,
-    out: Tensor,
-    *,
-    block_size: int,
-) -> None:
-    """Run the Triton kernel behind `dequantize_nf4`: one pass, also when doubly quantized."""
-    from qlora_core.quant.nf4.kernels import dequantize_nf4_kernel
-
-    n_blocks = absmax.numel()
-    blocks = DEQUANTIZE_TILE // block_size
-    with launching_on(packed.device):
-        dequantize_nf4_kernel[(-(-n_blocks // blocks),)](
-            packed,
-            absmax,
-            absmax if nested_absmax is None else nested_absmax,
-            absmax if offset is None else offset,
-            nf4_levels(packed.device),
-            dynamic_levels(packed.device),
-            out,
-            out.numel(),
-            n_blocks,
-            BLOCK_SIZE=block_size,
-            BLOCKS=blocks,
-            NESTED=nested_absmax is not None,
-            enable_fp_fusion=False,  # pyright: ignore[reportCallIssue] - a compile option
-        )
 
 
 def _check_codes(packed: Tensor, absmax: Tensor, *, n: int, block_size: int) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from qlora_core.errors import DtypeError, LayoutError, NonFiniteError, ShapeError
 from qlora_core.quant.codebook import dynamic_map
-from qlora_core.quant.double_quant import ops, reference
+from qlora_core.quant.double_quant import launch, ops, reference
 
 
 def scales(n: int) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_scales_come_back_within_the_width_of_a_code() -> None:
 def test_the_kernel_equals_the_reference(n: int, kernel_device: str) -> None:
     absmax = scales(n).to(kernel_device)
 
-    actual = ops.launch_quantize(absmax)
+    actual = launch.launch_quantize(absmax)
 
     for part, expected in zip(actual, reference.quantize_absmax(absmax), strict=True):
         assert torch.equal(part, expected)
@@ -79,7 +79,7 @@ def test_the_kernel_equals_the_reference(n: int, kernel_device: str) -> None:
 def test_the_kernel_equals_the_reference_on_equal_scales(kernel_device: str) -> None:
     absmax = torch.full((300,), 0.5, device=kernel_device)
 
-    actual = ops.launch_quantize(absmax)
+    actual = launch.launch_quantize(absmax)
 
     for part, expected in zip(actual, reference.quantize_absmax(absmax), strict=True):
         assert torch.equal(part, expected)

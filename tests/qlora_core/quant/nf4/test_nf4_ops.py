@@ -1,4 +1,4 @@
-"""The CPU path and the Triton kernels for NF4 against the reference, bit for bit; and the checks."""
+"""The CPU path for NF4 against the reference, bit for bit; and the checks of all paths."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ from torch import Tensor
 
 from qlora_core.errors import ConfigError, DtypeError, LayoutError, NonFiniteError, ShapeError
 from qlora_core.quant.codebook import BLOCK_SIZES, NF4_THRESHOLDS
-from qlora_core.quant.double_quant import reference as double_quant_reference
 from qlora_core.quant.nf4 import ops, reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -91,53 +90,6 @@ def test_dequantizing_into_memory_that_is_not_8_byte_aligned_equals_the_referenc
     expected = reference.dequantize_nf4(packed, absmax, n=1000, block_size=64, dtype=torch.float32)
     assert torch.equal(memory[1:], expected)
     assert memory[0].isnan()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", [32, 64, 4096])
-@pytest.mark.parametrize("n", SIZES)
-def test_the_quantize_kernel_equals_the_reference(
-    n: int, block_size: int, dtype: torch.dtype, kernel_device: str
-) -> None:
-    values = weights(n, dtype).to(kernel_device)
-
-    packed, absmax = ops.launch_quantize(values, block_size=block_size)
-
-    expected_packed, expected_absmax = reference.quantize_nf4(values, block_size=block_size)
-    assert torch.equal(packed, expected_packed)
-    assert torch.equal(absmax, expected_absmax)
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_the_quantize_kernel_shows_a_value_that_is_not_finite_in_its_scale(
-    bad: float, kernel_device: str
-) -> None:
-    values = torch.ones(100, device=kernel_device)
-    values[40] = bad
-
-    _, absmax = ops.launch_quantize(values, block_size=32)
-
-    assert absmax.isfinite().tolist() == [True, False, True, True]
-
-
-@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", [32, 64, 4096])
-@pytest.mark.parametrize("n", [1, 1000, 20_003])  # the last has more than one nested block
-def test_the_dequantize_kernel_equals_the_references_one_after_the_other(
-    n: int, block_size: int, dtype: torch.dtype, nested: bool, kernel_device: str
-) -> None:
-    packed, absmax = (part.to(kernel_device) for part in with_scales(n, block_size))
-    scales, nested_absmax, offset = absmax, None, None
-    if nested:
-        absmax, nested_absmax, offset = double_quant_reference.quantize_absmax(absmax)
-        scales = double_quant_reference.dequantize_absmax(absmax, nested_absmax, offset)
-    out = torch.full((n,), torch.nan, dtype=dtype, device=kernel_device)
-
-    ops.launch_dequantize(packed, absmax, nested_absmax, offset, out, block_size=block_size)
-
-    expected = reference.dequantize_nf4(packed, scales, n=n, block_size=block_size, dtype=dtype)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])

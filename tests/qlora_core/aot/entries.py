@@ -1,0 +1,212 @@
+"""Every Triton kernel in every way it is launched: what the ahead-of-time gate compiles.
+
+A new kernel gets a function here that yields its entries, and a place in `FAMILIES`; a test finds
+kernels that have none. Import this only where TRITON_INTERPRET is not set.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from qlora_core.quant.codebook import BLOCK_SIZES, NESTED_BLOCK_SIZE
+from qlora_core.quant.double_quant.kernels import quantize_absmax_kernel
+from qlora_core.quant.launches import (
+    DEQUANTIZE_NF4,
+    DEQUANTIZE_NF4_CANDIDATES,
+    NF4_REST,
+    QUANTIZE_ABSMAX,
+    QUANTIZE_NF4,
+    QUANTIZE_NF4_CANDIDATES,
+    Launch,
+)
+from qlora_core.quant.nf4 import kernels as nf4
+
+FLOATS = ("bf16", "fp16", "fp32")
+# Of the eight block sizes, what `make test` compiles: both ends, and the one to train with.
+EVERYDAY = (32, 64, 4096)
+# In which the GPU bench times candidates.
+BENCHED = (64, 128, 4096)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One kernel in one configuration, and what its machine code must look like.
+
+    Attributes:
+        label: for people.
+        kernel: the `triton.jit` function.
+        types: of its arguments that are no constants, as Triton spells them.
+        constants: its `tl.constexpr` arguments.
+        launch: how it is launched.
+        everyday: whether `make test` compiles it, too.
+        aligned: whether its tensors begin at multiples of 16 bytes, as newly allocated ones do.
+        whole_weight: whether program ids reach as far as a weight does, so that they must be
+            widened to 64 bits before anything is computed from them.
+        fused: fused multiply-adds that the kernel itself asks for, per thread; None to count none.
+        needs: machine instructions that must occur, as regular expressions.
+        most_per_element: the most machine instructions per element, or None.
+    """
+
+    label: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    launch: Launch
+    everyday: bool
+    aligned: bool = True
+    whole_weight: bool = True
+    fused: int | None = 0
+    needs: tuple[str, ...] = ()
+    most_per_element: float | None = None
+
+
+def elements_per_thread(launch: Launch) -> int:
+    """How many elements one thread works on, at least one."""
+    return max(launch.tile // (32 * launch.num_warps), 1)
+
+
+def quantize_nf4() -> Iterator[Entry]:
+    """Whole tiles; the last entry is for a slice of a tensor, which may begin anywhere."""
+    for dtype, block_size in product(FLOATS, BLOCK_SIZES):
+        yield _quantize_nf4(QUANTIZE_NF4, dtype, block_size)
+    for launch, block_size in product(QUANTIZE_NF4_CANDIDATES, BENCHED):
+        if launch != QUANTIZE_NF4:
+            yield _quantize_nf4(launch, "bf16", block_size)
+    yield _quantize_nf4(QUANTIZE_NF4, "bf16", 64, aligned=False)
+
+
+def _quantize_nf4(launch: Launch, dtype: str, block_size: int, *, aligned: bool = True) -> Entry:
+    return Entry(
+        label=f"quantize_nf4 {dtype} block {block_size}{_told(launch, aligned=aligned)}",
+        kernel=nf4.quantize_nf4_kernel,
+        types={"values": f"*{dtype}", "packed": "*u8", "absmax": "*fp32", "bins": "*i64"},
+        constants={"BLOCK_SIZE": block_size, "BLOCKS": launch.tile // block_size},
+        launch=launch,
+        everyday=launch == QUANTIZE_NF4 and block_size in EVERYDAY,
+        aligned=aligned,
+        fused=elements_per_thread(launch),
+        needs=(r"LDG\.E\.128", r"STG\.E\.(64|128)") if aligned else (),
+        most_per_element=30 if aligned else None,
+    )
+
+
+def quantize_nf4_rest() -> Iterator[Entry]:
+    """What is left after whole tiles; it may begin anywhere."""
+    for dtype, block_size in product(FLOATS, BLOCK_SIZES):
+        yield Entry(
+            label=f"quantize_nf4_rest {dtype} block {block_size}",
+            kernel=nf4.quantize_nf4_rest_kernel,
+            types={
+                "values": f"*{dtype}",
+                "packed": "*u8",
+                "absmax": "*fp32",
+                "bins": "*i64",
+                "n": "i32",
+            },
+            constants={"BLOCK_SIZE": block_size},
+            launch=Launch(tile=block_size, num_warps=NF4_REST.num_warps),
+            everyday=dtype == "bf16" and block_size in (32, 4096),
+            aligned=False,
+            whole_weight=False,
+            fused=None,
+        )
+
+
+def dequantize_nf4() -> Iterator[Entry]:
+    """Whole tiles, plain and doubly quantized; the last entry is for slices of tensors."""
+    for dtype, block_size, nested in product(FLOATS, BLOCK_SIZES, (True, False)):
+        yield _dequantize_nf4(DEQUANTIZE_NF4, dtype, block_size, nested=nested)
+    for launch, block_size in product(DEQUANTIZE_NF4_CANDIDATES, BENCHED):
+        if launch != DEQUANTIZE_NF4:
+            yield _dequantize_nf4(launch, "bf16", block_size, nested=True)
+    yield _dequantize_nf4(DEQUANTIZE_NF4, "bf16", 64, nested=True, aligned=False)
+
+
+def _dequantize_nf4(
+    launch: Launch, dtype: str, block_size: int, *, nested: bool, aligned: bool = True
+) -> Entry:
+    told = _told(launch, aligned=aligned)
+    trained_with = nested and (dtype, block_size) == ("bf16", 64)
+    return Entry(
+        label=f"dequantize_nf4 {dtype} block {block_size}{' nested' if nested else ''}{told}",
+        kernel=nf4.dequantize_nf4_kernel,
+        types=_types_of_dequantize(dtype, nested=nested),
+        constants={
+            "BLOCK_SIZE": block_size,
+            "BLOCKS": launch.tile // block_size,
+            "NESTED": nested,
+            "GATHER": launch.gather,
+        },
+        launch=launch,
+        everyday=trained_with or (launch == DEQUANTIZE_NF4 and nested and block_size in EVERYDAY),
+        aligned=aligned,
+        needs=(r"LDG\.E\.128", r"STG\.E\.128") if aligned else (),
+        most_per_element=12 if aligned else None,
+    )
+
+
+def dequantize_nf4_rest() -> Iterator[Entry]:
+    """What is left after whole tiles; it may begin anywhere."""
+    for dtype, block_size, nested in product(FLOATS, BLOCK_SIZES, (True, False)):
+        yield Entry(
+            label=f"dequantize_nf4_rest {dtype} block {block_size}{' nested' if nested else ''}",
+            kernel=nf4.dequantize_nf4_rest_kernel,
+            types=_types_of_dequantize(dtype, nested=nested) | {"n": "i32"},
+            constants={"BLOCK_SIZE": block_size, "NESTED": nested},
+            launch=Launch(tile=block_size, num_warps=NF4_REST.num_warps),
+            everyday=nested and dtype == "bf16" and block_size in (32, 4096),
+            aligned=False,
+            whole_weight=False,
+        )
+
+
+def _types_of_dequantize(dtype: str, *, nested: bool) -> dict[str, str]:
+    return {
+        "packed": "*u8",
+        "absmax": "*u8" if nested else "*fp32",
+        "nested_absmax": "*fp32",
+        "offset": "*fp32",
+        "levels": "*fp32",
+        "dynamic_levels": "*fp32",
+        "out": f"*{dtype}",
+    }
+
+
+def quantize_absmax() -> Iterator[Entry]:
+    """The scales of double quantization."""
+    yield Entry(
+        label="quantize_absmax",
+        kernel=quantize_absmax_kernel,
+        types={
+            "absmax": "*fp32",
+            "offset": "*fp32",
+            "thresholds": "*fp32",
+            "codes": "*u8",
+            "nested_absmax": "*fp32",
+            "n": "i64",
+        },
+        constants={"BLOCKS": QUANTIZE_ABSMAX.tile // NESTED_BLOCK_SIZE},
+        launch=QUANTIZE_ABSMAX,
+        everyday=True,
+    )
+
+
+def _told(launch: Launch, *, aligned: bool) -> str:
+    lookup = "" if launch.gather else " through L1"
+    slices = "" if aligned else ", slices"
+    return f", tile {launch.tile} of {launch.num_warps} warps{lookup}{slices}"
+
+
+FAMILIES: tuple[Callable[[], Iterator[Entry]], ...] = (
+    quantize_nf4,
+    quantize_nf4_rest,
+    dequantize_nf4,
+    dequantize_nf4_rest,
+    quantize_absmax,
+)
+
+
+def manifest() -> list[Entry]:
+    """Give every entry of every family."""
+    return [entry for family in FAMILIES for entry in family()]

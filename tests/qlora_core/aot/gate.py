@@ -1,0 +1,127 @@
+"""The gate that needs no GPU: every kernel compiles to machine code that looks as it should.
+
+Compiles in processes of their own, since a process has one Triton and this one may interpret; judges
+what they report. Compiling proves neither speed nor right results: those take a GPU
+(`bench/on_gpu.py`) and the interpreter's tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+ROOT = Path(__file__).parents[3]
+# Bytes of shared memory that one program may have, by compute capability (CUDA C++ Programming
+# Guide, technical specifications per compute capability).
+SHARED_LIMIT_BYTES = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    120: 99 * 1024,
+}
+ARCHITECTURES = tuple(SHARED_LIMIT_BYTES)
+# The Triton that comes with older builds of torch; `make` installs it beside the environment.
+OTHER_TRITON = ROOT / ".venv" / "other-triton"
+OTHER_TRITON_PIN = Path(__file__).parent / "other-triton.txt"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What an entry became for one architecture under one Triton.
+
+    Attributes:
+        label: the entry's.
+        kernel: the function's name.
+        arch: 90 for sm_90.
+        triton: its version.
+        registers: per thread.
+        shared_bytes: per program.
+        stack_accesses: instructions that read or write a thread's own memory: spills. (A stack that
+            is declared and never touched is none; triton 3.7 leaves some.)
+        surplus_fused: fused multiply-adds beyond those that the kernel asks for.
+        narrow_program_ids: operations of the intermediate code that compute with a 32-bit program
+            id, where a weight may have more elements than 32 bits count.
+        global_accesses: how many instructions of each kind read and write global memory.
+        missing: instructions that the entry needs and the code does not have.
+        instructions: in the whole kernel.
+        per_element: the same, divided by the elements of one thread.
+        most_per_element: the entry's limit for that, or None.
+    """
+
+    label: str
+    kernel: str
+    arch: int
+    triton: str
+    registers: int
+    shared_bytes: int
+    stack_accesses: int
+    surplus_fused: int
+    narrow_program_ids: list[str]
+    global_accesses: dict[str, int]
+    missing: list[str]
+    instructions: int
+    per_element: float
+    most_per_element: float | None
+
+
+def complaints(row: Row) -> list[str]:
+    """Say in sentences what is wrong with a kernel's machine code; nothing if all is well."""
+    found: list[str] = []
+    if row.stack_accesses:
+        found.append(f"spills: {row.stack_accesses} accesses to local memory")
+    if row.shared_bytes > SHARED_LIMIT_BYTES[row.arch]:
+        found.append(f"{row.shared_bytes} bytes of shared memory are more than there are")
+    if row.surplus_fused:
+        found.append(f"{row.surplus_fused} fused multiply-adds change the last bit")
+    if row.missing:
+        found.append(f"no {' and no '.join(row.missing)}, but {row.global_accesses}")
+    if row.most_per_element is not None and row.per_element > row.most_per_element:
+        found.append(f"{row.per_element:.1f} instructions per element")
+    found += [f"overflows beyond 2^31 elements: {use}" for use in row.narrow_program_ids]
+    return [f"{row.label} on sm_{row.arch}, triton {row.triton}: {each}" for each in found]
+
+
+def compile_rows(
+    which: Literal["everyday", "all"],
+    archs: tuple[int, ...] = ARCHITECTURES,
+    *,
+    other_triton: bool = False,
+    processes: int = 2,
+) -> list[Row]:
+    """Compile the manifest, or its everyday part, for some architectures.
+
+    Args:
+        which: what to compile.
+        archs: compute capabilities, 90 for sm_90.
+        other_triton: with `OTHER_TRITON` instead of the environment's own.
+        processes: at once.
+
+    Raises:
+        RuntimeError: something does not compile; the message holds the compiler's words.
+    """
+    script = Path(__file__).parent / "compiling.py"
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
+        environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+        paths = [str(OTHER_TRITON)] * other_triton + [str(ROOT)]
+        environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(paths)}
+
+        def compile_share(share: int) -> list[Row]:
+            words = [which, str(share), str(processes), *map(str, archs)]
+            done = subprocess.run(
+                [sys.executable, str(script), *words],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                raise RuntimeError(f"a kernel does not compile: {done.stderr}")
+            return [Row(**json.loads(line)) for line in done.stdout.splitlines()]
+
+        return [row for rows in pool.map(compile_share, range(processes)) for row in rows]
