@@ -21,6 +21,9 @@ from qlora_core.errors import ModelUnsupported
 HEAD = "lm_head"
 """Stands for the output head in ``skip_modules``, whatever the architecture calls it."""
 
+EXPERT_STACKS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
+"""Names of the parameters [experts, out, in] of a module of experts."""
+
 MOST_ODD_SHARE = 0.02
 """Of all elements, so many may be in parameters of no known kind, which stay dense."""
 
@@ -29,12 +32,22 @@ _PLAIN_LINEARS = frozenset({"Linear", "FalconLinear"})
 _LOOKED_UP_OR_SLID = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # noqa: SLF001
 # A state of a few numbers per channel, such as Mamba's, is no matrix to multiply by.
 _THIN = 32
+# What transformers' `use_experts_implementation` sets on the modules under it.
+_EXPERTS_CONTRACT = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "has_post_expert_norm",
+    "_apply_gate",
+    "config",
+)
 _ROUTER = re.compile(r"Router|(MoE|Moe|TopK|Topk)\w*Gate$")
 # Kinds of modules that read the weight of these layers of theirs, instead of calling them.
 _READ_DIRECTLY = {
     "MambaMixer": ("dt_proj",),
     "FalconMambaMixer": ("dt_proj",),
     "JambaMambaMixer": ("dt_proj",),
+    "Dots3NoteTextIndexer": ("weights_proj",),
     "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
 }
 _REWRITES_WEIGHTS = frozenset({"RwkvModel"})
@@ -48,9 +61,11 @@ class Choice:
 
     Attributes:
         linears: paths of the layers whose weight goes into NF4.
+        experts: paths of the modules whose stacks of matrices do.
     """
 
     linears: frozenset[str]
+    experts: frozenset[str]
 
 
 def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice:
@@ -65,6 +80,7 @@ def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice
     """
     dense = _paths_kept_dense(model, skip_modules)
     linears: set[str] = set()
+    experts: set[str] = set()
     odd: dict[str, int] = {}
     for path, module in model.named_modules():
         kind = type(module).__name__
@@ -76,6 +92,9 @@ def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice
         if is_plain_linear(module):
             if path not in dense:
                 linears.add(path)
+        elif are_known_experts(module):
+            if path not in dense:
+                experts.add(path)
         elif _ROUTER.search(kind) or isinstance(module, _LOOKED_UP_OR_SLID):
             continue
         elif isinstance(module, nn.Linear) and not _is_in_attention(model, path):
@@ -84,12 +103,12 @@ def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice
             )
         else:
             odd |= {f"{path}.{name}": size for name, size in _odd_parameters(path, module)}
-    if not linears:
+    if not linears and not experts:
         raise ModelUnsupported(
             f"{type(model).__name__} has no linear layers that could be quantized"
         )
     _refuse_many_odd(model, odd)
-    return Choice(frozenset(linears))
+    return Choice(frozenset(linears), frozenset(experts))
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -97,6 +116,14 @@ def is_plain_linear(module: nn.Module) -> bool:
     if isinstance(module, Conv1D):
         return True
     return isinstance(module, nn.Linear) and type(module).__name__ in _PLAIN_LINEARS
+
+
+def are_known_experts(module: nn.Module) -> bool:
+    """Whether the module holds experts' matrices and computes as `experts_forward` does."""
+    if not all(hasattr(module, name) for name in _EXPERTS_CONTRACT):
+        return False
+    stacks = {name for name, one in module.named_parameters(recurse=False) if one.dim() > 2}
+    return "down_proj" in stacks and stacks <= EXPERT_STACKS
 
 
 def _paths_kept_dense(model: PreTrainedModel, skip_modules: Sequence[str]) -> set[str]:
@@ -143,7 +170,7 @@ def _odd_parameters(path: str, module: nn.Module) -> Iterator[tuple[str, int]]:
         if "Expert" in kind:
             raise ModelUnsupported(
                 f"{path}.{name} of shape {list(parameter.shape)} holds the weights of several experts "
-                f"in one tensor ({kind}); models with fused experts cannot be quantized yet"
+                f"in one tensor, in a way that is not known here ({kind}); it cannot be quantized"
             )
         yield name, parameter.numel()
 

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.errors import ModelUnsupported, ModelWeightsInvalid, NonFiniteError
-from qlora_core.models.choice import Choice, is_plain_linear
+from qlora_core.models.choice import EXPERT_STACKS, Choice, is_plain_linear
+from qlora_core.nn.nf4_experts import NF4Stack, experts_forward
 from qlora_core.nn.nf4_linear import NF4Linear
 from qlora_core.quant import NF4Weight
 from qlora_core.quant.checks import FLOATS
+
+_EXPERTS_IMPLEMENTATION = "nf4"
 
 
 class Filling:
@@ -44,6 +48,9 @@ class Filling:
         self._device = device
         self._compute_dtype = compute_dtype
         self._linears = frozenset() if choice is None else choice.linears
+        self._experts = frozenset() if choice is None else choice.experts
+        for path in self._experts:
+            use_nf4_experts(model.get_submodule(path))
         self._quantize = quantize
         self._keep_nf4 = keep_nf4
         self._wanted = dict(model.state_dict())
@@ -69,7 +76,11 @@ class Filling:
             )
         module_path, _, attribute = name.rpartition(".")
         if attribute == "weight" and module_path in self._linears:
-            self._put_linear(module_path, self._quantized(module_path, name, tensor))
+            transposed = isinstance(self._model.get_submodule(module_path), Conv1D)
+            self._put_linear(module_path, self._quantized(name, tensor, transposed=transposed))
+            return
+        if attribute in EXPERT_STACKS and module_path in self._experts:
+            self._put_stack(module_path, attribute, tensor)
             return
         owner = self._model.get_submodule(module_path)
         value = tensor.to(self._device, self._dtype_of(name, wanted), copy=True)
@@ -112,14 +123,23 @@ class Filling:
             )
         return wanted
 
-    def _quantized(self, module_path: str, name: str, tensor: Tensor) -> NF4Weight:
+    def _quantized(self, name: str, tensor: Tensor, *, transposed: bool) -> NF4Weight:
         tensor = tensor.to(self._device)
-        if isinstance(self._model.get_submodule(module_path), Conv1D):
-            tensor = tensor.T.contiguous()
         try:
-            return self._quantize(tensor, name=name)
+            return self._quantize(tensor.T.contiguous() if transposed else tensor, name=name)
         except NonFiniteError as error:
             raise ModelWeightsInvalid(error.message) from error
+
+    def _put_stack(self, module_path: str, attribute: str, tensor: Tensor) -> None:
+        experts: Any = self._model.get_submodule(module_path)
+        weights = [
+            self._quantized(
+                f"{module_path}.{attribute}[{expert}]", one, transposed=experts.is_transposed
+            )
+            for expert, one in enumerate(tensor)
+        ]
+        delattr(experts, attribute)  # a parameter's name takes no module
+        setattr(experts, attribute, NF4Stack(weights, compute_dtype=self._compute_dtype))
 
     def _put_linear(self, module_path: str, weight: NF4Weight) -> None:
         bias: Any = self._model.get_submodule(module_path).bias  # on meta until its turn comes
@@ -132,6 +152,12 @@ class Filling:
         if any(re.search(pattern, name) for pattern in self._float32):
             return torch.float32
         return wanted.dtype
+
+
+def use_nf4_experts(experts: Any) -> None:  # noqa: ANN401 - a family's own module
+    """Make a module of experts compute by `experts_forward`, through transformers' own interface for that."""
+    ALL_EXPERTS_FUNCTIONS.register(_EXPERTS_IMPLEMENTATION, experts_forward)
+    experts.config._experts_implementation = _EXPERTS_IMPLEMENTATION  # noqa: SLF001
 
 
 def _patterns_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
