@@ -1,0 +1,40 @@
+"""What the GPU bench keeps: every group at once, so that a run that is cut off goes on where it was."""
+
+import json
+from pathlib import Path
+
+from bench.gpu.results import Results
+
+
+def _results(folder: Path, *, commit: str = "abc1234", again: bool = False) -> Results:
+    return Results(folder, "cpu", commit=commit, again=again)
+
+
+def test_a_second_run_of_a_commit_has_what_the_first_kept(tmp_path: Path) -> None:
+    _results(tmp_path).keep("dequantize 1x1", [{"ms": 1.5}])
+
+    assert _results(tmp_path).groups == {"dequantize 1x1": [{"ms": 1.5}]}
+    assert _results(tmp_path, commit="def5678").groups == {}
+    assert _results(tmp_path, again=True).groups == {}
+
+
+def test_the_file_says_what_it_was_measured_on(tmp_path: Path) -> None:
+    results = _results(tmp_path)
+    results.keep("checks", [{"wrong_codes": 0}])
+
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+
+    assert file.name == "on_gpu-cpu-abc1234.json"
+    assert kept["device"] == "cpu"
+    assert kept["commit"] == "abc1234"
+    assert {"python", "torch", "triton", "cuda"} <= set(kept["versions"])
+    assert any("driver_version" in key for key in kept)
+
+
+def test_only_counts_of_wrong_things_make_a_group_wrong(tmp_path: Path) -> None:
+    results = _results(tmp_path)
+    results.keep("checks good", [{"wrong_codes": 0, "differing_codes": 3}])
+    results.keep("checks bad", [{"wrong_codes": 0}, {"wrong_values": 2}])
+
+    assert results.wrong() == ["checks bad"]
