@@ -33,7 +33,7 @@ def save_tiny_llama(
     from transformers import LlamaConfig
 
     settings = {"num_key_value_heads": 2, "tie_word_embeddings": False, **config}
-    return _save(LlamaConfig(**_sizes(), **settings), folder, seed, shard_bytes)
+    return _save(LlamaConfig(**_sizes() | settings), folder, seed, shard_bytes)
 
 
 def save_tiny_qwen2(
@@ -43,7 +43,7 @@ def save_tiny_qwen2(
     from transformers import Qwen2Config
 
     settings = {"num_key_value_heads": 2, "tie_word_embeddings": True, **config}
-    return _save(Qwen2Config(**_sizes(), **settings), folder, seed, shard_bytes)
+    return _save(Qwen2Config(**_sizes() | settings), folder, seed, shard_bytes)
 
 
 def save_tiny_gemma2(
@@ -59,7 +59,7 @@ def save_tiny_gemma2(
         "sliding_window": 16,
         **config,
     }
-    return _save(Gemma2Config(**_sizes(), **settings), folder, seed, shard_bytes)
+    return _save(Gemma2Config(**_sizes() | settings), folder, seed, shard_bytes)
 
 
 def save_tiny_tokenizer(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:

@@ -20,11 +20,11 @@ _SIZES: dict[str, Any] = {
     ),
     **dict.fromkeys(("embedding_size", "d_embed", "word_embed_proj_dim", "output_size"), 64),
     **dict.fromkeys(
-        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 96
+        ("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner"), 128
     ),
-    **dict.fromkeys(("ffn_hidden_size", "d_inner", "dim_ff", "d_ff", "dff", "mlp_dim"), 96),
+    **dict.fromkeys(("ffn_hidden_size", "d_inner", "dim_ff", "d_ff", "dff", "mlp_dim"), 128),
     **dict.fromkeys(
-        ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 48
+        ("moe_intermediate_size", "expert_ffn_hidden_size", "shared_expert_intermediate_size"), 64
     ),
     **dict.fromkeys(
         (
@@ -49,7 +49,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk"), 2),
     **dict.fromkeys(("n_group", "topk_group"), 1),
-    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 64),
     **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
     "hidden_size_global": 64,
     "qk_head_dim": 32,
