@@ -37,7 +37,6 @@ _EXPERTS_CONTRACT = (
     "has_gate",
     "has_bias",
     "is_transposed",
-    "has_post_expert_norm",
     "_apply_gate",
     "config",
 )

@@ -123,7 +123,7 @@ def experts_forward(
         x = _product(experts, up_name, expert, hidden_states[tokens])
         x = experts._apply_gate(x) if experts.has_gate else experts.act_fn(x)  # noqa: SLF001 - the contract's
         x = _product(experts, "down_proj", expert, x)
-        if experts.has_post_expert_norm:
+        if getattr(experts, "has_post_expert_norm", False):  # transformers 5.17 has no such norm
             x = experts.post_expert_norm(x)
         x = x * top_k_weights.reshape(-1)[rows, None]
         out.index_add_(0, tokens, x.to(out.dtype))
