@@ -40,9 +40,19 @@ def _evenly(start: float, stop: float, count: int) -> list[float]:
     ]
 
 
-def _middles(values: list[float] | tuple[float, ...]) -> list[float]:
+def _middles(values: list[float]) -> list[float]:
     """Give the float32 nearest to the middle between each value and the next."""
     return [_float32((low + high) / 2) for low, high in pairwise(values)]
+
+
+def ascending_codes(levels: tuple[float, ...]) -> tuple[int, ...]:
+    """Give the codes in the order of their ``levels``, of equal ones the smaller code first."""
+    return tuple(sorted(range(len(levels)), key=lambda code: (levels[code], code)))
+
+
+def thresholds_between(levels: tuple[float, ...]) -> tuple[float, ...]:
+    """Give the float32 midpoints of ``levels`` in ascending order, one fewer than there are levels."""
+    return tuple(_middles(sorted(levels)))
 
 
 def _normal_float_levels() -> tuple[float, ...]:
@@ -68,19 +78,22 @@ def _normal_float_levels() -> tuple[float, ...]:
 NF4_LEVELS: tuple[float, ...] = _normal_float_levels()
 # A code is the number of these that lie strictly below the scaled value, so a value on a threshold
 # gets the lower level.
-NF4_THRESHOLDS: tuple[float, ...] = tuple(_middles(NF4_LEVELS))
+NF4_THRESHOLDS: tuple[float, ...] = thresholds_between(NF4_LEVELS)
 
-# One bit for the sign, two for the exponent, one for the mantissa, in units of the largest, 12: the
-# code is the bit pattern as bitsandbytes reads it, not an order. Source: its ``get_4bit_type``.
-_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-FP4_LEVELS: tuple[float, ...] = tuple(
-    _float32(sign * magnitude / 12) + 0.0  # which makes the negative zero a positive one
-    for sign in (1, -1)
-    for magnitude in _FP4_MAGNITUDES
-)
-# The code of each level, ascending; zero's second code, which only rounding reaches, after its first.
-FP4_CODES: tuple[int, ...] = tuple(sorted(range(16), key=lambda code: (FP4_LEVELS[code], code)))
-FP4_THRESHOLDS: tuple[float, ...] = tuple(_middles([FP4_LEVELS[code] for code in FP4_CODES]))
+
+def _four_bit_floats(magnitudes: tuple[float, ...]) -> tuple[float, ...]:
+    """Give the levels of codes whose highest bit is the sign, in units of the largest magnitude."""
+    largest = max(magnitudes)
+    # Adding zero makes the negative zero a positive one.
+    return tuple(_float32(sign * size / largest) + 0.0 for sign in (1, -1) for size in magnitudes)
+
+
+# Sign, two bits of exponent, one of mantissa, as bitsandbytes reads them: a code is a bit pattern,
+# not an order, and the smallest magnitude is 1/16 where the standard's would be 1. Source:
+# bitsandbytes 0.50.2, ``functional.get_4bit_type``.
+FP4_LEVELS: tuple[float, ...] = _four_bit_floats((0, 0.0625, 8, 12, 4, 6, 2, 3))
+# The same as the standard has it. Source: OCP Microscaling Formats (MX) 1.0.
+E2M1_LEVELS: tuple[float, ...] = _four_bit_floats((0, 0.5, 1, 1.5, 2, 3, 4, 6))
 
 
 @cache

@@ -20,7 +20,12 @@ from qlora_core.quant.checks import (
     check_layout,
     check_scales_finite,
 )
-from qlora_core.quant.codebook import FP4_CODES, FP4_LEVELS, FP4_THRESHOLDS
+from qlora_core.quant.codebook import (
+    E2M1_LEVELS,
+    FP4_LEVELS,
+    ascending_codes,
+    thresholds_between,
+)
 from qlora_core.quant.nf4.reference import reciprocal, unpack_codes
 
 _INT4_LARGEST = 7
@@ -91,7 +96,7 @@ class ComparatorWeight:
 
 
 def quantize_fp4(weight: Tensor, *, block_size: int = 64, name: str = "weight") -> ComparatorWeight:
-    """Quantize to FP4: a sign, two bits of exponent and one of mantissa (E2M1).
+    """Quantize to FP4, a sign, two bits of exponent and one of mantissa, as bitsandbytes reads them.
 
     Args:
         weight: float16, bfloat16 or float32, any shape, all finite.
@@ -105,16 +110,22 @@ def quantize_fp4(weight: Tensor, *, block_size: int = 64, name: str = "weight") 
         ConfigError, DtypeError, ShapeError: an argument is not as described.
         NonFiniteError: the weight holds NaN or infinity.
 
-    Source: QLoRA, arXiv:2305.14314, table 2. Codes and values are, bit for bit, those of the CPU
-    code of bitsandbytes 0.50.2, ``quantize_4bit(quant_type="fp4")``.
+    Source: bitsandbytes 0.50.2, ``quantize_4bit(quant_type="fp4")``; codes and values are, bit for
+    bit, those of its CPU code.
     """
-    blocks, absmax = _blocks_and_scales(weight, block_size, name)
-    scaled = blocks * reciprocal(absmax)[:, None]
-    thresholds = torch.tensor(FP4_THRESHOLDS, dtype=torch.float32, device=weight.device)
-    code_of_rank = torch.tensor(FP4_CODES, dtype=torch.uint8, device=weight.device)
-    codes = code_of_rank[torch.bucketize(scaled, thresholds)]
-    packed = _pack(codes, weight.numel())
-    return ComparatorWeight(packed, absmax, FP4_LEVELS, weight.shape, block_size, weight.dtype)
+    return _quantize_to(FP4_LEVELS, weight, block_size, name)
+
+
+def quantize_e2m1(
+    weight: Tensor, *, block_size: int = 64, name: str = "weight"
+) -> ComparatorWeight:
+    """Quantize to FP4 as the standard has it, whose smallest magnitude is a twelfth of the largest.
+
+    Args, Returns, Raises: as `quantize_fp4`.
+
+    Source: OCP Microscaling Formats (MX) 1.0, E2M1; the scales are those of this module.
+    """
+    return _quantize_to(E2M1_LEVELS, weight, block_size, name)
 
 
 def quantize_int4(
@@ -152,6 +163,19 @@ def quantize_int8(
     codes = _round(blocks, absmax, _INT8_LARGEST).to(torch.int8).view(-1)[: weight.numel()]
     levels = _even_levels(_INT8_LARGEST)
     return ComparatorWeight(codes, absmax, levels, weight.shape, block_size, weight.dtype)
+
+
+def _quantize_to(
+    levels: tuple[float, ...], weight: Tensor, block_size: int, name: str
+) -> ComparatorWeight:
+    """Give each value the code of the nearest of ``levels``, the lower one on a threshold."""
+    blocks, absmax = _blocks_and_scales(weight, block_size, name)
+    device = weight.device
+    thresholds = torch.tensor(thresholds_between(levels), dtype=torch.float32, device=device)
+    code_of_rank = torch.tensor(ascending_codes(levels), dtype=torch.uint8, device=device)
+    codes = code_of_rank[torch.bucketize(blocks * reciprocal(absmax)[:, None], thresholds)]
+    packed = _pack(codes, weight.numel())
+    return ComparatorWeight(packed, absmax, levels, weight.shape, block_size, weight.dtype)
 
 
 def _blocks_and_scales(weight: Tensor, block_size: int, name: str) -> tuple[Tensor, Tensor]:

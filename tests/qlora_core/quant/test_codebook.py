@@ -9,12 +9,13 @@ import torch
 from bitsandbytes.functional import create_dynamic_map, get_4bit_type, quantize_4bit
 
 from qlora_core.quant.codebook import (
-    FP4_CODES,
+    E2M1_LEVELS,
     FP4_LEVELS,
-    FP4_THRESHOLDS,
     NF4_LEVELS,
     NF4_THRESHOLDS,
+    ascending_codes,
     dynamic_map,
+    thresholds_between,
 )
 from tests.qlora_core.quant import brute_force
 
@@ -36,7 +37,7 @@ def test_each_level_stands_for_an_equal_share_of_a_normal_distribution() -> None
 
 
 def test_every_table_value_is_a_float32() -> None:
-    for table in (NF4_LEVELS, NF4_THRESHOLDS, FP4_LEVELS, FP4_THRESHOLDS, dynamic_map()):
+    for table in (NF4_LEVELS, NF4_THRESHOLDS, FP4_LEVELS, E2M1_LEVELS, dynamic_map()):
         assert [float(np.float32(value)) for value in table] == list(table)
 
 
@@ -46,14 +47,12 @@ def test_the_thresholds_are_the_midpoints_of_neighbouring_levels() -> None:
     assert list(NF4_THRESHOLDS) == ((levels[:-1] + levels[1:]) / np.float32(2)).tolist()
 
 
-@pytest.mark.parametrize(
-    ("kind", "thresholds", "codes"),
-    [("nf4", NF4_THRESHOLDS, tuple(range(16))), ("fp4", FP4_THRESHOLDS, FP4_CODES)],
-)
+@pytest.mark.parametrize(("kind", "levels"), [("nf4", NF4_LEVELS), ("fp4", FP4_LEVELS)])
 def test_bitsandbytes_changes_codes_at_the_same_float32(
-    kind: str, thresholds: tuple[float, ...], codes: tuple[int, ...]
+    kind: str, levels: tuple[float, ...]
 ) -> None:
-    on = np.array(thresholds, np.float32)
+    codes = ascending_codes(levels)
+    on = np.array(thresholds_between(levels), np.float32)
     below = np.nextafter(on, np.float32(-2))
     above = np.nextafter(on, np.float32(2))
     values = torch.from_numpy(np.concatenate([below, on, above, [1.0], np.zeros(18)])).float()
@@ -71,14 +70,26 @@ def test_bitsandbytes_has_the_same_levels(kind: str, levels: tuple[float, ...]) 
     assert get_4bit_type(kind, device="cpu").tolist() == list(levels)
 
 
-def test_fp4_has_a_sign_two_bits_of_exponent_and_one_of_mantissa() -> None:
-    # Bias 3 over the bit patterns as bitsandbytes numbers them; the subnormal is 1/16.
-    magnitudes = [0, 1 / 16, 8, 12, 4, 6, 2, 3]
+def test_four_bit_floats_have_a_sign_two_bits_of_exponent_and_one_of_mantissa() -> None:
+    def value(code: int) -> float:
+        sign, exponent, mantissa = code >> 3, code >> 1 & 0b11, code & 1
+        # Bias 1; exponent 0 has no leading one.
+        size = 2 ** (exponent - 1) * (1 + mantissa / 2) if exponent else mantissa / 2
+        return -size if sign else size
 
-    expected = np.array([*magnitudes, *(-magnitude for magnitude in magnitudes)], np.float32)
+    expected = np.array([value(code) for code in range(16)], np.float32) / np.float32(6)
 
-    assert list(FP4_LEVELS) == (expected / np.float32(12)).tolist()
-    assert sorted(FP4_CODES) == list(range(16))
+    assert list(E2M1_LEVELS) == expected.tolist()
+    # bitsandbytes' exponents stand for other powers of two, and its subnormal is smaller.
+    magnitudes = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+    assert list(FP4_LEVELS) == [*magnitudes.tolist(), *(-magnitudes + 0).tolist()]
+
+
+def test_midpoints_take_the_levels_in_order_whatever_the_codes() -> None:
+    levels = (0.5, -1.0, 0.0, 1.0, 0.0)
+
+    assert ascending_codes(levels) == (1, 2, 4, 0, 3)
+    assert thresholds_between(levels) == (-0.5, 0.0, 0.25, 0.75)
 
 
 def test_the_dynamic_maps_equal_the_published_ones_byte_for_byte() -> None:

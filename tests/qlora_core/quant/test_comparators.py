@@ -8,17 +8,20 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from qlora_core.errors import ConfigError, DtypeError, LayoutError, NonFiniteError, ShapeError
-from qlora_core.quant.codebook import FP4_LEVELS, FP4_THRESHOLDS
+from qlora_core.quant.codebook import E2M1_LEVELS, FP4_LEVELS, thresholds_between
 from qlora_core.quant.comparators import (
     ComparatorWeight,
+    quantize_e2m1,
     quantize_fp4,
     quantize_int4,
     quantize_int8,
 )
 
 Quantize = Callable[..., ComparatorWeight]
-ALL: list[Quantize] = [quantize_fp4, quantize_int4, quantize_int8]
+ALL: list[Quantize] = [quantize_fp4, quantize_e2m1, quantize_int4, quantize_int8]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Half the widest distance of neighbouring levels.
+GAPS = {quantize_fp4: 1 / 6, quantize_e2m1: 1 / 6, quantize_int4: 1 / 14, quantize_int8: 1 / 254}
 all_formats = pytest.mark.parametrize("quantize", ALL, ids=lambda function: function.__name__)
 
 
@@ -61,7 +64,7 @@ def test_the_integers_are_the_nearest(quantize: Quantize, largest: int) -> None:
 
 def awkward(n: int) -> torch.Tensor:
     """Values on FP4's thresholds and one float32 beside them, zeros of both signs, and an outlier."""
-    on = torch.tensor(FP4_THRESHOLDS)
+    on = torch.tensor(thresholds_between(FP4_LEVELS))
     values = torch.cat([on, on.nextafter(torch.tensor(2.0)), on.nextafter(torch.tensor(-2.0))])
     values = torch.cat([values, torch.tensor([1.0, 0.0, -0.0, 1e-30, -1e-30])])
     block = torch.cat([values, torch.zeros(64 - len(values))])
@@ -87,10 +90,23 @@ def test_fp4_equals_bitsandbytes_bit_for_bit(
         assert torch.equal(quantized.dequantize(wanted), dequantize_4bit(packed, state))
 
 
-def test_fp4_levels_times_the_scale_come_back_exactly() -> None:
-    weight = torch.tensor(FP4_LEVELS).repeat(4) * 0.375
+@pytest.mark.parametrize(
+    ("quantize", "levels"), [(quantize_fp4, FP4_LEVELS), (quantize_e2m1, E2M1_LEVELS)]
+)
+def test_levels_times_the_scale_come_back_exactly(
+    quantize: Quantize, levels: tuple[float, ...]
+) -> None:
+    weight = torch.tensor(levels).repeat(4) * 0.375
 
-    assert torch.equal(quantize_fp4(weight).dequantize(), weight)
+    assert torch.equal(quantize(weight).dequantize(), weight)
+
+
+def test_the_worked_example_of_e2m1() -> None:
+    quantized = quantize_e2m1(torch.tensor([6.0, -3.4, 0.7, -0.2]))
+
+    # The nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 are 6 (0 111), -3 (1 101), 0.5 (0 001) and 0 (0 000).
+    assert quantized.codes.tolist() == [0x7D, 0x10]
+    assert quantized.dequantize().tolist() == pytest.approx([6, -3, 0.5, 0])
 
 
 @all_formats
@@ -105,7 +121,7 @@ def test_any_shape_and_dtype_comes_back_in_its_own(
 
         assert back.shape == weight.shape
         assert back.dtype == dtype
-        gap = {quantize_fp4: 1 / 6, quantize_int4: 1 / 14, quantize_int8: 1 / 254}[quantize]
+        gap = GAPS[quantize]
         rounding = 2 * torch.finfo(dtype).eps
         assert (back - weight).abs().max() <= (gap + rounding) * weight.abs().max()
 
