@@ -1,5 +1,7 @@
 """Double quantization: the specification against brute force, the kernel against it, the checks."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -76,8 +78,22 @@ def test_the_kernel_equals_the_reference(n: int, kernel_device: str) -> None:
         assert torch.equal(part, expected)
 
 
-def test_the_kernel_equals_the_reference_on_equal_scales(kernel_device: str) -> None:
-    absmax = torch.full((300,), 0.5, device=kernel_device)
+@pytest.mark.parametrize("n", [300, 1024, 2048 + 77])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda n: torch.full((n,), 0.5),
+        torch.zeros,
+        lambda n: scales(n) * 1e-40,  # subnormal: the reciprocal of a distance overflows
+        lambda n: torch.where(torch.arange(n) == 7, 100.0, scales(n)),
+        lambda n: torch.where(torch.arange(n) % 2 == 0, 0.0, 1e34),
+    ],
+    ids=["equal", "zero", "subnormal", "one outlier", "extreme"],
+)
+def test_the_kernel_equals_the_reference_on_hard_scales(
+    make: Callable[[int], torch.Tensor], n: int, kernel_device: str
+) -> None:
+    absmax = make(n).to(kernel_device)
 
     actual = launch.launch_quantize(absmax)
 
