@@ -9,12 +9,18 @@ from typing import Any, Literal
 
 from qlora_core.errors import ConfigError
 from qlora_core.nn import LoraConfig
-from qlora_core.optim import OPTIMIZERS, SCHEDULES
+from qlora_core.optim import OPTIMIZERS, SCHEDULES, warmup_share
+
+DEFAULT_WARMUP_RATIO = 0.03
 
 # Smallest and largest of each.
 _INTEGERS = {
     "n_epochs": (1, 1000),
+    "max_steps": (1, 2**31 - 1),
     "batch_size": (1, 4096),
+    "warmup_steps": (0, 2**31 - 1),
+    "eval_steps": (0, 2**31 - 1),
+    "early_stopping_patience": (0, 2**31 - 1),
     "context_length": (2, 2**24),
     "seed": (0, 2**31 - 1),
     "micro_batch_tokens": (1, 2**31 - 1),
@@ -27,6 +33,8 @@ _NUMBERS = {
     "max_grad_norm": (0.0, 1e6, False),
 }
 _CHOICES = {"lr_scheduler_type": SCHEDULES, "optimizer": OPTIMIZERS}
+_FLAGS = ("load_best_at_end", "gradient_checkpointing")
+_MAY_BE_NONE = ("max_steps", "warmup_ratio", "warmup_steps", "load_best_at_end")
 
 
 @dataclass(frozen=True)
@@ -35,12 +43,21 @@ class TrainConfig:
 
     Attributes:
         n_epochs: passes over the dataset.
+        max_steps: the run ends after so many optimizer steps at the latest; the schedule ends there too.
         batch_size: examples per optimizer step.
         learning_rate: the highest of the schedule.
         lr_scheduler_type: what follows the warm-up.
-        warmup_ratio: share of all steps over which the learning rate rises.
+        warmup_ratio: share of all steps over which the learning rate rises; 0.03 where neither this
+            nor ``warmup_steps`` is given.
+        warmup_steps: the same in steps; give one of the two.
         weight_decay: decoupled, of the adapter's tensors.
         max_grad_norm: gradients are scaled down to this norm.
+        eval_steps: the validation set is measured after every so many steps, besides each epoch's end
+            and the run's; 0 for these alone.
+        early_stopping_patience: the run ends when so many validations in a row have not been better
+            than the best before them; 0 for never.
+        load_best_at_end: offer the adapter of the best validation instead of the last step's; None
+            for what goes with ``early_stopping_patience``: the best where it is set, else the last.
         context_length: tokens; what examples were cut to.
         seed: of the adapter's start, the order of the data, and dropout.
         optimizer: by name.
@@ -53,12 +70,17 @@ class TrainConfig:
     """
 
     n_epochs: int = 3
+    max_steps: int | None = None
     batch_size: int = 8
     learning_rate: float = 2e-4
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_ratio: float = 0.03
+    warmup_ratio: float | None = None
+    warmup_steps: int | None = None
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    eval_steps: int = 0
+    early_stopping_patience: int = 0
+    load_best_at_end: bool | None = None
     context_length: int = 2048
     seed: int = 0
     optimizer: str = "adamw"
@@ -67,21 +89,26 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        for name, (low, high) in _INTEGERS.items():
-            _check_integer(name, getattr(self, name), low, high)
-        for name, (low, high, closed) in _NUMBERS.items():
-            _check_number(name, getattr(self, name), low, high, closed=closed)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}"
-                )
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise ConfigError(
-                f"gradient_checkpointing must be true or false, not {self.gradient_checkpointing!r}"
-            )
-        if not isinstance(self.lora, LoraConfig):
-            raise ConfigError(f"lora must be a LoraConfig, not {type(self.lora).__name__}")
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value is not None or setting.name not in _MAY_BE_NONE:
+                _check(setting.name, value)
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ConfigError("warmup_ratio and warmup_steps are both given; keep one of them")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the adapter of the best validation is the one offered at the end."""
+        if self.load_best_at_end is None:
+            return self.early_stopping_patience > 0
+        return self.load_best_at_end
+
+    def warmup_length(self, total_steps: int) -> int:
+        """Return the steps of warm-up in a run of ``total_steps``."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        ratio = DEFAULT_WARMUP_RATIO if self.warmup_ratio is None else self.warmup_ratio
+        return warmup_share(ratio, total_steps)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -104,8 +131,10 @@ class TrainConfig:
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
         values = asdict(self)
-        targets = values["lora"]["target_modules"]
-        values["lora"]["target_modules"] = targets if isinstance(targets, str) else list(targets)
+        values["lora"] = {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values["lora"].items()
+        }
         return values
 
 
@@ -113,6 +142,22 @@ def _refuse_unknown(values: Mapping[str, Any], kind: type[Any], prefix: str) -> 
     unknown = sorted(set(values) - {known.name for known in fields(kind)})
     if unknown:
         raise ConfigError(f"unknown setting {', '.join(prefix + str(name) for name in unknown)}")
+
+
+def _check(name: str, value: object) -> None:
+    if name in _INTEGERS:
+        _check_integer(name, value, *_INTEGERS[name])
+    elif name in _NUMBERS:
+        low, high, closed = _NUMBERS[name]
+        _check_number(name, value, low, high, closed=closed)
+    elif name in _CHOICES:
+        if value not in _CHOICES[name]:
+            raise ConfigError(f"{name} must be one of {', '.join(_CHOICES[name])}, not {value!r}")
+    elif name in _FLAGS:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, not {value!r}")
+    elif not isinstance(value, LoraConfig):
+        raise ConfigError(f"lora must be a LoraConfig, not {type(value).__name__}")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:

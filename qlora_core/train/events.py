@@ -46,7 +46,10 @@ class StepMetrics(Event):
 
     Attributes:
         epoch: passes over the data done after this step, as a fraction.
-        train_loss: mean over the step's trained tokens, in nats.
+        train_loss: mean over the step's trained tokens, in nats; None for a step that was skipped
+            because its loss or gradient was not finite, and so are the two figures beside it.
+        train_mean_token_accuracy: share of the trained tokens that were predicted right.
+        learning_rate: of this step.
         grad_norm: before clipping.
         tokens_per_s: real tokens of the step, trained or not, per second.
         trained_tokens: of the whole run so far.
@@ -57,10 +60,10 @@ class StepMetrics(Event):
     step: int
     total_steps: int
     epoch: float
-    train_loss: float
-    train_mean_token_accuracy: float
+    train_loss: float | None
+    train_mean_token_accuracy: float | None
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     tokens_per_s: float
     trained_tokens: int
     step_time_s: float
@@ -69,17 +72,24 @@ class StepMetrics(Event):
 
 @dataclass(frozen=True)
 class ValidationMetrics(Event):
-    """The whole validation set after ``step`` steps; step 0 is the base model."""
+    """The whole validation set after ``step`` steps; step 0 is the base model.
+
+    ``is_best``: no validation after a step of training had a smaller loss so far.
+    """
 
     kind = "validation_metrics"
     step: int
     full_valid_loss: float
     full_valid_mean_token_accuracy: float
+    is_best: bool = False
 
 
 @dataclass(frozen=True)
 class CheckpointSaved(Event):
-    """An adapter was kept at an epoch's end, with that step's figures."""
+    """An adapter was kept at an epoch's end or the run's, with that step's figures.
+
+    ``epoch``: passes over the data, the last one perhaps not whole.
+    """
 
     kind = "checkpoint_saved"
     step: int
@@ -125,10 +135,25 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class RunFinished(Event):
-    """All steps are done and the adapter is written."""
+    """The run is done and the adapter is written.
+
+    Attributes:
+        steps: optimizer steps done.
+        trained_tokens: that carried loss, over the whole run.
+        train_loss: mean over the trained tokens of the last epoch, or of what was done of it.
+        full_valid_loss: of the adapter that was written.
+        adapter_step: the step that this adapter is of.
+        best_step: after which the validation loss was smallest, None where there was none.
+        best_valid_loss: that loss.
+        stopped_early: whether the run ended because the validation loss did not improve.
+    """
 
     kind = "run_finished"
     steps: int
     trained_tokens: int
     train_loss: float
     full_valid_loss: float | None
+    adapter_step: int
+    best_step: int | None
+    best_valid_loss: float | None
+    stopped_early: bool

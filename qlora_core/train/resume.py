@@ -1,8 +1,9 @@
 """Resume points: everything needed to go on exactly, in safetensors and JSON.
 
-A point is a folder ``step-N`` with the adapter, the optimizer's moments, the random states, where in
-which epoch the run is, and a manifest of sha256 sums. One whose files do not match its manifest is
-refused by name and the one before is taken.
+A point is a folder ``step-N`` with the adapter, the best adapter so far where that one is to be
+offered, the optimizer's moments, the random states, where in which epoch the run is, and a manifest
+of sha256 sums. One whose files do not match its manifest is refused by name and the one before is
+taken.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,43 +23,17 @@ from torch import Tensor, nn
 
 from qlora_core.errors import ResumePointError
 from qlora_core.train.folders import step_folder, step_folders, written_whole
+from qlora_core.train.progress import Progress
+from qlora_core.train.weights import Weights, fits, put_back, trained_weights
 
 _KEPT = 2
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _ADAPTER = "adapter.safetensors"
+_BEST = "best.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
 _RANDOM = "random.safetensors"
-
-
-@dataclass
-class Progress:
-    """Where a run is, and the figures it has gathered.
-
-    Attributes:
-        step: optimizer steps done.
-        epoch: the one that the next step belongs to, from 0.
-        window: steps done in that epoch.
-        trained_tokens: over the whole run.
-        epoch_loss_sum, epoch_tokens: summed loss and trained tokens of the epoch so far.
-        train_loss: mean over the last whole epoch, or over what there is of the first.
-        step_loss, step_accuracy: of the last step that counted.
-        valid_loss, valid_accuracy: of the last validation.
-        not_finite_in_a_row: steps skipped just before.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    window: int = 0
-    trained_tokens: int = 0
-    epoch_loss_sum: float = 0.0
-    epoch_tokens: int = 0
-    train_loss: float = 0.0
-    step_loss: float | None = None
-    step_accuracy: float | None = None
-    valid_loss: float | None = None
-    valid_accuracy: float | None = None
-    not_finite_in_a_row: int = 0
+_TENSORS = (_ADAPTER, _BEST, _OPTIMIZER, _RANDOM)
 
 
 def save_resume_point(
@@ -67,6 +42,7 @@ def save_resume_point(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
+    best: Weights,
     identity: dict[str, Any],
 ) -> Path:
     """Write a point under ``folder`` and delete all but the last two.
@@ -76,6 +52,7 @@ def save_resume_point(
         model: its trainable parameters are saved.
         optimizer: over these parameters.
         progress: where the run is.
+        best: the trainable parameters at the best validation; empty where none are kept.
         identity: what a run must have in common with this one to go on from here (JSON values).
 
     Returns:
@@ -83,9 +60,10 @@ def save_resume_point(
     """
     target = step_folder(folder, progress.step)
     with written_whole(target) as unfinished:
-        safetensors.torch.save_file(_adapter_state(model), unfinished / _ADAPTER)
-        safetensors.torch.save_file(_optimizer_state(optimizer), unfinished / _OPTIMIZER)
-        safetensors.torch.save_file(_random_state(), unfinished / _RANDOM)
+        adapter = {name: value.contiguous() for name, value in trained_weights(model).items()}
+        states = (adapter, best, _optimizer_state(optimizer), _random_state())
+        for name, tensors in zip(_TENSORS, states, strict=True):
+            safetensors.torch.save_file(tensors, unfinished / name)
         state = {"progress": asdict(progress), "identity": identity}
         (unfinished / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         sums = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
@@ -102,7 +80,7 @@ def load_resume_point(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     on_refused: Callable[[str], None],
-) -> Progress | None:
+) -> tuple[Progress, Weights] | None:
     """Bring model, optimizer and random states to the newest whole point.
 
     Args:
@@ -113,7 +91,8 @@ def load_resume_point(
         on_refused: told which point is not whole, and why.
 
     Returns:
-        Where the run was, or None where there is no whole point: nothing was changed.
+        Where the run was and its best adapter, or None where there is no whole point: nothing was
+        changed.
 
     Raises:
         ResumePointError: a point is whole but belongs to another run.
@@ -121,36 +100,36 @@ def load_resume_point(
     points = [folder] if (folder / _MANIFEST).is_file() else [p for _, p in step_folders(folder)]
     for point in points:
         try:
-            progress, found, adapter, moments, random = _read(point)
+            progress, found, (adapter, best, moments, random) = _read(point)
         except ResumePointError as error:
             on_refused(error.message)
             continue
         _check_identity(point, found, identity)
-        _restore_adapter(point, model, adapter)
+        if not fits(model, adapter) or (best and not fits(model, best)):
+            raise ResumePointError(f"The resume point {point.name} is of another adapter or model.")
+        put_back(model, adapter)
         _restore_optimizer(point, optimizer, moments)
         _restore_random(random)
-        return progress
+        return progress, best
     return None
 
 
-def _read(
-    point: Path,
-) -> tuple[Progress, dict[str, Any], dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Return progress, identity, adapter, moments and random states, if the files are those written."""
+def _read(point: Path) -> tuple[Progress, dict[str, Any], list[Weights]]:
+    """Return progress, identity and the tensors of each file, if the files are those written."""
     try:
         sums = json.loads((point / _MANIFEST).read_text(encoding="utf-8"))
-        for name in (_STATE, _ADAPTER, _OPTIMIZER, _RANDOM):
+        for name in (_STATE, *_TENSORS):
             if _sha256(point / name) != sums[name]:
                 raise ResumePointError(
                     f"The resume point {point.name} is torn: {name} has changed."
                 )
         state = json.loads((point / _STATE).read_text(encoding="utf-8"))
         progress, identity = Progress(**state["progress"]), dict(state["identity"])
-        tensors = [safetensors.torch.load_file(point / n) for n in (_ADAPTER, _OPTIMIZER, _RANDOM)]
+        tensors = [safetensors.torch.load_file(point / name) for name in _TENSORS]
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise ResumePointError(f"The resume point {point.name} is torn: {reason}.") from error
-    return progress, identity, tensors[0], tensors[1], tensors[2]
+    return progress, identity, tensors
 
 
 def _check_identity(point: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -160,24 +139,6 @@ def _check_identity(point: Path, found: dict[str, Any], wanted: dict[str, Any]) 
                 f"The resume point {point.name} belongs to another run: its {name} is "
                 f"{found.get(name)!r}, not {wanted.get(name)!r}."
             )
-
-
-def _adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def _restore_adapter(point: Path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
-    if shapes != {name: tuple(value.shape) for name, value in parameters.items()}:
-        raise ResumePointError(f"The resume point {point.name} is of another adapter or model.")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

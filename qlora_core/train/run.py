@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_core.data import Dataset
+from qlora_core.data import Dataset, epoch_order, windows
+from qlora_core.errors import ConfigError
 from qlora_core.nn import add_lora
 from qlora_core.optim import build_optimizer
 from qlora_core.text import TextEncoder
@@ -20,6 +21,8 @@ from qlora_core.train.checkpointing import checkpoint_activations
 from qlora_core.train.config import TrainConfig
 from qlora_core.train.events import Notice, Sink
 from qlora_core.train.loss import SupervisedLoss
+from qlora_core.train.progress import Progress
+from qlora_core.train.weights import Weights
 
 # Settings that change memory and speed, never the result: a run may resume with others.
 _NOT_IDENTITY = ("micro_batch_tokens", "gradient_checkpointing")
@@ -27,7 +30,11 @@ _NOT_IDENTITY = ("micro_batch_tokens", "gradient_checkpointing")
 
 @dataclass
 class Run:
-    """A model with its adapter and everything that trains it."""
+    """A model with its adapter and everything that trains it.
+
+    Attributes:
+        best: copies of the adapter's tensors at the best validation; empty where none are kept.
+    """
 
     model: PreTrainedModel
     encoder: TextEncoder
@@ -39,14 +46,43 @@ class Run:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     loss_of: SupervisedLoss
-    steps_per_epoch: int
     base_model: str
-    sample_prompts: Sequence[Sequence[dict[str, Any]]] = ()
+    sample_prompts: Sequence[Sequence[dict[str, Any]]]
+    best: Weights = field(default_factory=dict)
+    _epoch: int | None = None
+    _windows: list[list[int]] = field(default_factory=list)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of a pass over the data."""
+        return math.ceil(len(self.dataset) / self.config.batch_size)
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps_per_epoch * self.config.n_epochs
+        """Optimizer steps of the whole run, unless it stops early."""
+        steps = self.steps_per_epoch * self.config.n_epochs
+        return steps if self.config.max_steps is None else min(steps, self.config.max_steps)
+
+    def stopped_early(self, progress: Progress) -> bool:
+        """Whether so many validations have not improved that the run ends before its last step."""
+        patience = self.config.early_stopping_patience
+        has_run_out = 0 < patience <= progress.validations_without_improvement
+        return has_run_out and progress.step < self.total_steps
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether no step is left to do."""
+        return progress.step >= self.total_steps or self.stopped_early(progress)
+
+    def ends_epoch(self, progress: Progress) -> bool:
+        """Whether the last step ended a pass over the data, or the run within one."""
+        return progress.window == self.steps_per_epoch or self.is_over(progress)
+
+    def window(self, progress: Progress) -> list[int]:
+        """Return the examples of the next step."""
+        if self._epoch != progress.epoch:
+            order = epoch_order(len(self.dataset), seed=self.config.seed, epoch=progress.epoch)
+            self._epoch, self._windows = progress.epoch, windows(order, self.config.batch_size)
+        return self._windows[progress.window]
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -62,14 +98,20 @@ def prepare(
     dataset: Dataset,
     config: TrainConfig,
     sink: Sink,
+    *,
     output_dir: Path,
     validation: Dataset | None,
+    sample_prompts: Sequence[Sequence[dict[str, Any]]],
+    base_model: str | None,
 ) -> Run:
     """Add the adapter and build what trains it; the arguments are those of `train`.
 
     Raises:
-        ConfigError: the model has adapters already, or a LoRA target is not there.
+        ConfigError: the model has adapters already, a LoRA target is not there, or a setting needs a
+            validation set and there is none.
     """
+    if validation is None:
+        _refuse_without_validation(config)
     add_lora(model, config.lora, seed=config.seed)
     loss_of = SupervisedLoss(model)
     if not loss_of.chunked:
@@ -85,7 +127,7 @@ def prepare(
     torch.manual_seed(config.seed)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Run(
+    run = Run(
         model=model,
         encoder=encoder,
         dataset=dataset,
@@ -101,6 +143,17 @@ def prepare(
             weight_decay=config.weight_decay,
         ),
         loss_of=loss_of,
-        steps_per_epoch=math.ceil(len(dataset) / config.batch_size),
-        base_model=model.name_or_path,
+        base_model=base_model or model.name_or_path,
+        sample_prompts=sample_prompts,
     )
+    warmup = config.warmup_length(run.total_steps)
+    if warmup > run.total_steps:
+        message = f"The run has {run.total_steps} steps and its warm-up {warmup}: the learning rate"
+        sink(Notice("warn", f"{message} never reaches its peak."))
+    return run
+
+
+def _refuse_without_validation(config: TrainConfig) -> None:
+    for name in ("eval_steps", "early_stopping_patience", "load_best_at_end"):
+        if getattr(config, name):
+            raise ConfigError(f"{name} needs a validation set, and none was given")

@@ -110,8 +110,11 @@ def _also_as_valid(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def step_message(data: dict[str, Any]) -> str:
-    """Return OpenAI's line for a step."""
-    return f"Step {data['step']}/{data['total_steps']}: training loss={data['train_loss']:.2f}"
+    """Return OpenAI's line for a step; one that was skipped had no loss that is a number."""
+    place = f"Step {data['step']}/{data['total_steps']}"
+    if data["train_loss"] is None:
+        return f"{place}: skipped"
+    return f"{place}: training loss={data['train_loss']:.2f}"
 
 
 def _validation_message(data: dict[str, Any]) -> str:

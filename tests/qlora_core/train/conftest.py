@@ -65,6 +65,19 @@ def make_dataset(
     return make
 
 
+@pytest.fixture(scope="session")
+def opposing(encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same questions with other answers: what is learned by heart makes it worse."""
+    path = tmp_path_factory.mktemp("opposing") / "valid.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": f"Question {i * 7 % 31}?"},
+                      {"role": "assistant", "content": ANSWERS[(i + 1) % len(ANSWERS)]}]}
+        for i in range(12)
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return load_dataset(path, encoder, context_length=64)
+
+
 @pytest.fixture
 def load(base: Path) -> Callable[[], PreTrainedModel]:
     def load_base() -> PreTrainedModel:

@@ -16,6 +16,9 @@ BAD: list[tuple[str, Any]] = [
     ("batch_size", -1), ("context_length", 1), ("seed", -1), ("seed", 2**31), ("micro_batch_tokens", 0),
     ("learning_rate", 0), ("learning_rate", float("nan")), ("learning_rate", float("inf")),
     ("learning_rate", -1e-4), ("learning_rate", "auto"), ("learning_rate", True),
+    ("max_steps", 0), ("max_steps", 2.0), ("warmup_steps", -1), ("warmup_steps", 0.5), ("eval_steps", -1),
+    ("eval_steps", None), ("early_stopping_patience", -1), ("early_stopping_patience", True),
+    ("load_best_at_end", 1), ("load_best_at_end", "auto"),
     ("warmup_ratio", 1.5), ("warmup_ratio", -0.1), ("weight_decay", -1), ("max_grad_norm", 0),
     ("lr_scheduler_type", "step"), ("lr_scheduler_type", ["linear"]), ("optimizer", "sgd"),
     ("gradient_checkpointing", 1), ("lora", {"r": 4}), ("lora", None),
@@ -26,6 +29,34 @@ BAD: list[tuple[str, Any]] = [
 def test_a_wrong_value_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{name} must be"):
         TrainConfig(**{name: value})
+
+
+def test_the_two_ways_to_give_a_warm_up_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="warmup_ratio and warmup_steps are both given"):
+        TrainConfig(warmup_ratio=0.0, warmup_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [({}, 6), ({"warmup_ratio": 0.1}, 20), ({"warmup_ratio": 0.0}, 0), ({"warmup_steps": 7}, 7)],
+    ids=str,
+)
+def test_the_warm_up_is_a_share_of_the_steps_or_a_number_of_them(
+    given: dict[str, Any], steps: int
+) -> None:
+    assert TrainConfig(**given).warmup_length(200) == steps
+
+
+@pytest.mark.parametrize(
+    ("patience", "asked", "keeps"),
+    [(0, None, False), (1, None, True), (0, True, True), (1, False, False)],
+)
+def test_the_best_is_kept_where_asked_and_where_runs_may_stop_early(
+    patience: int, asked: bool | None, keeps: bool
+) -> None:
+    config = TrainConfig(early_stopping_patience=patience, load_best_at_end=asked)
+
+    assert config.keeps_best is keeps
 
 
 def test_survives_json() -> None:
@@ -47,7 +78,7 @@ def test_left_out_fields_keep_their_defaults() -> None:
     [
         ({"epochs": 3}, "unknown setting epochs"),
         ({"lora": {"rank": 3}}, r"unknown setting lora\.rank"),
-        ({"lora": {"r": 0}}, "r must be at least 1"),
+        ({"lora": {"r": 0}}, "r must be"),
         ({"lora": {"r": "8"}}, "lora has a value of the wrong type|r must be"),
         ({"n_epochs": 0}, "n_epochs must be"),
     ],

@@ -57,7 +57,7 @@ def run(
         result = train(
             load(), encoder, make_dataset(12),
             settings or config(lora=LoraConfig(r=4, dropout=0.2), weight_decay=0.1, lr_scheduler_type="cosine"),
-            events.append, output_dir=folder, validation=make_dataset(5), **options,
+            events.append, output_dir=folder, **{"validation": make_dataset(5), **options},
         )  # fmt: skip
         return result, events
 
@@ -112,6 +112,63 @@ def test_a_run_that_is_stopped_again_and_again_still_ends_the_same(
 
     assert [result.stopped for result in results] == [True, True, True, True, False]
     assert replace(results[-1], adapter=None) == replace(unbroken, adapter=None)
+
+
+STOPS: dict[str, Callable[[TrainResult], int]] = {
+    "at the first step": lambda _: 1,
+    "before the best": lambda whole: whole.adapter_step - 1,
+    "at the best": lambda whole: whole.adapter_step,
+    "after the best": lambda whole: whole.adapter_step + 1,
+    "before the last": lambda whole: whole.steps - 1,
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_best_adapter_and_patience_survive_a_stop(
+    stop: str, run: Run, config: Callable[..., TrainConfig], opposing: Dataset, tmp_path: Path
+) -> None:
+    # At this rate the validation loss jumps up and down.
+    settings = config(
+        n_epochs=5, learning_rate=0.1, lr_scheduler_type="constant", warmup_steps=0, eval_steps=1,
+        early_stopping_patience=3,
+    )  # fmt: skip
+    unbroken, whole = run(tmp_path / "whole", settings=settings, validation=opposing)
+    _, before = run(
+        tmp_path / "broken", stop_after=STOPS[stop](unbroken), settings=settings,
+        validation=opposing,
+    )  # fmt: skip
+
+    # In a folder of its own, as another worker would: all it knows is in the resume point.
+    resumed, after = run(
+        tmp_path / "again", settings=settings, validation=opposing,
+        resume_from=tmp_path / "broken/resume",
+    )  # fmt: skip
+
+    assert unbroken.stopped_early
+    assert 1 < unbroken.adapter_step == unbroken.steps - 3
+    assert _figures(before) + _figures(after) == _figures(whole)
+    assert replace(resumed, adapter=None) == replace(unbroken, adapter=None)
+    name = "adapter/adapter_model.safetensors"
+    expected, actual = load_file(tmp_path / "whole" / name), load_file(tmp_path / "again" / name)
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
+def test_a_run_that_stopped_early_is_not_taken_up_again(
+    run: Run, config: Callable[..., TrainConfig], opposing: Dataset, tmp_path: Path
+) -> None:
+    settings = config(
+        n_epochs=5, learning_rate=0.1, lr_scheduler_type="constant", warmup_steps=0, eval_steps=1,
+        early_stopping_patience=2,
+    )  # fmt: skip
+    first, _ = run(tmp_path, settings=settings, validation=opposing)
+
+    again, events = run(
+        tmp_path, settings=settings, validation=opposing, resume_from=tmp_path / "resume"
+    )
+
+    assert first.stopped_early
+    assert again == first
+    assert not any(isinstance(event, StepMetrics) for event in events)
 
 
 def test_going_on_after_the_last_step_only_writes_what_is_missing(run: Run, tmp_path: Path) -> None:

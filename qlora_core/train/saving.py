@@ -1,0 +1,50 @@
+"""What a run leaves on disk: checkpoints, resume points, and the adapter at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlora_core.export import save_adapter, save_tokenizer_files
+from qlora_core.train.events import CheckpointSaved, ResumePointSaved
+from qlora_core.train.folders import step_folder, written_whole
+from qlora_core.train.progress import Progress
+from qlora_core.train.resume import save_resume_point
+from qlora_core.train.run import Run
+
+
+def keep_adapter(run: Run, folder: Path) -> None:
+    """Write the adapter as it stands, with the tokenizer it was trained with."""
+    with written_whole(folder) as unfinished:
+        save_adapter(run.model, unfinished, base_model_name_or_path=run.base_model)
+        if run.encoder.folder is not None:
+            save_tokenizer_files(run.encoder.folder, unfinished)
+
+
+def keep_checkpoint(run: Run, progress: Progress) -> None:
+    """Write the adapter of an epoch's end and tell it with its figures."""
+    folder = step_folder(run.output_dir / "checkpoints", progress.step)
+    keep_adapter(run, folder)
+    run.sink(
+        CheckpointSaved(
+            step=progress.step,
+            epoch=progress.epoch,
+            folder=str(folder),
+            train_loss=progress.step_loss,
+            train_mean_token_accuracy=progress.step_accuracy,
+            full_valid_loss=progress.valid_loss,
+            full_valid_mean_token_accuracy=progress.valid_accuracy,
+        )
+    )
+
+
+def keep_resume_point(run: Run, progress: Progress) -> None:
+    """Write everything needed to go on exactly from here."""
+    folder = save_resume_point(
+        run.output_dir / "resume",
+        model=run.model,
+        optimizer=run.optimizer,
+        progress=progress,
+        best=run.best,
+        identity=run.identity,
+    )
+    run.sink(ResumePointSaved(progress.step, str(folder)))

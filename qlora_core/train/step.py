@@ -1,0 +1,145 @@
+"""One optimizer step: gradients of a window of examples added up, clipped, applied and reported.
+
+A window is split into micro-batches that fit memory; each one's loss is divided by the trained tokens
+of the whole window, so that the gradient is that of one big batch however it is split.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from qlora_core.data import collate, group_by_tokens, pass_tokens
+from qlora_core.errors import LossNotFiniteError
+from qlora_core.optim import learning_rate_at
+from qlora_core.train.events import Notice, StepMetrics
+from qlora_core.train.memory import measured_memory
+from qlora_core.train.progress import Progress
+from qlora_core.train.run import Run
+
+_NOT_FINITE_ALLOWED = 2
+
+
+@dataclass(frozen=True)
+class WindowSums:
+    """What the forward passes over a window's examples have found.
+
+    Attributes:
+        loss: summed over the trained tokens, in nats.
+        n_correct: trained tokens that were predicted right.
+        n_trained: trained tokens, at least 1.
+        n_tokens: real tokens, trained or not.
+    """
+
+    loss: float
+    n_correct: int
+    n_trained: int
+    n_tokens: int
+
+
+def take_step(run: Run, progress: Progress) -> None:
+    """Train on the next window, tell its figures, and move on; a step that is not finite changes nothing.
+
+    Raises:
+        LossNotFiniteError: it is the third in a row whose loss or gradient is not finite.
+    """
+    started = time.perf_counter()
+    config = run.config
+    window = run.window(progress)
+    rate = learning_rate_at(
+        progress.step,
+        kind=config.lr_scheduler_type,
+        peak=config.learning_rate,
+        total_steps=run.total_steps,
+        warmup_steps=config.warmup_length(run.total_steps),
+    )
+    sums = accumulate(run, window)
+    grad_norm = float(nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm))
+    finite = math.isfinite(sums.loss) and math.isfinite(grad_norm)
+    if finite:
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+
+    progress.step += 1
+    progress.window += 1
+    progress.seen_tokens += sums.n_tokens
+    if finite:
+        _count(sums, progress)
+    else:
+        _report_skipped(run, window, progress, sums.loss, grad_norm)
+    step_time_s = time.perf_counter() - started
+    run.sink(
+        StepMetrics(
+            step=progress.step,
+            total_steps=run.total_steps,
+            epoch=progress.epoch + progress.window / run.steps_per_epoch,
+            train_loss=progress.step_loss if finite else None,
+            train_mean_token_accuracy=progress.step_accuracy if finite else None,
+            learning_rate=rate,
+            grad_norm=grad_norm if finite else None,
+            tokens_per_s=sums.n_tokens / step_time_s,
+            trained_tokens=progress.trained_tokens,
+            step_time_s=step_time_s,
+            memory=measured_memory(run.model.device),
+        )
+    )
+    if progress.not_finite_in_a_row > _NOT_FINITE_ALLOWED:
+        raise LossNotFiniteError(
+            f"The loss or its gradient was not finite in {progress.not_finite_in_a_row} steps in a row, "
+            f"up to step {progress.step}. Lower the learning rate, or look at the examples named in the "
+            "warnings."
+        )
+
+
+def accumulate(run: Run, window: Sequence[int]) -> WindowSums:
+    """Add the gradient of the window's mean loss per trained token to the parameters' ``.grad``."""
+    n_trained = sum(run.dataset.trained_counts[index] for index in window)
+    losses: list[torch.Tensor] = []
+    hits: list[torch.Tensor] = []
+    n_tokens = 0
+    for group in group_by_tokens(
+        window,
+        run.dataset.lengths,
+        max_tokens=run.config.micro_batch_tokens,
+        pass_tokens=pass_tokens(run.model.device),
+    ):
+        batch = collate(run.dataset, group, pad_id=run.encoder.pad_id).to(run.model.device)
+        loss, n_correct = run.loss_of(batch)
+        (loss / n_trained).backward()
+        losses.append(loss.detach())
+        hits.append(n_correct)
+        n_tokens += batch.n_tokens
+    # Read once for the whole window: each reading waits for the device.
+    loss_sum, correct_sum = float(torch.stack(losses).sum()), int(torch.stack(hits).sum())
+    return WindowSums(loss_sum, correct_sum, n_trained, n_tokens)
+
+
+def _count(sums: WindowSums, progress: Progress) -> None:
+    progress.not_finite_in_a_row = 0
+    progress.trained_tokens += sums.n_trained
+    progress.epoch_loss_sum += sums.loss
+    progress.epoch_tokens += sums.n_trained
+    progress.step_loss = sums.loss / sums.n_trained
+    progress.step_accuracy = sums.n_correct / sums.n_trained
+
+
+def _report_skipped(
+    run: Run, window: Sequence[int], progress: Progress, loss_sum: float, grad_norm: float
+) -> None:
+    progress.not_finite_in_a_row += 1
+    loss_is_wrong = not math.isfinite(loss_sum)
+    what, value = ("loss", loss_sum) if loss_is_wrong else ("gradient norm", grad_norm)
+    run.sink(
+        Notice(
+            "warn",
+            f"Step {progress.step} was skipped: its {what} is {value}.",
+            {"step": progress.step, "examples": sorted(window)},
+        )
+    )
