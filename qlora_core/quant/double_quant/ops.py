@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qlora_core.errors import ShapeError
+from qlora_core.errors import NonFiniteError, ShapeError
 from qlora_core.quant.checks import check_dtype, check_layout, check_scales_finite
 from qlora_core.quant.codebook import NESTED_BLOCK_SIZE
 from qlora_core.quant.double_quant import reference
@@ -27,7 +27,7 @@ def quantize_absmax(absmax: Tensor, *, name: str = "absmax") -> tuple[Tensor, Te
 
     Raises:
         DtypeError, LayoutError, ShapeError: ``absmax`` is not as described.
-        NonFiniteError: it holds NaN or infinity.
+        NonFiniteError: it holds NaN or infinity, or its mean is beyond float32.
 
     Source: QLoRA, arXiv:2305.14314, section 3. Held bit for bit to `reference.quantize_absmax`.
     """
@@ -36,9 +36,16 @@ def quantize_absmax(absmax: Tensor, *, name: str = "absmax") -> tuple[Tensor, Te
     if absmax.dim() != 1 or absmax.numel() == 0:
         raise ShapeError(f"{name} must be one-dimensional and not empty, not {list(absmax.shape)}")
     check_scales_finite(absmax, name)
-    if absmax.device.type == "cpu":
-        return reference.quantize_absmax(absmax)
-    return launch_quantize(absmax)
+    on_cpu = absmax.device.type == "cpu"
+    codes, nested_absmax, offset = (reference.quantize_absmax if on_cpu else launch_quantize)(
+        absmax
+    )
+    if not bool(torch.isfinite(offset)):
+        raise NonFiniteError(
+            f"the mean of {name} is beyond float32, so that it cannot be doubly quantized; "
+            "double_quant=False takes it"
+        )
+    return codes, nested_absmax, offset
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
