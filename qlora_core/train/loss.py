@@ -1,12 +1,12 @@
 """Cross-entropy over the trained tokens only, in chunks: the full logits never exist.
 
 The decoder's hidden states are taken where a trained token is predicted; the output head then runs
-over a few hundred of them at a time, and their gradient is computed in the same pass.
+over a few hundred of them at a time, and the gradients of the chunk are computed in the same pass:
+those of the hidden states, and those of the head itself where it is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,28 +16,24 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from qlora_core.data import Batch
-
-Head = Callable[[Tensor], Tensor]
+from qlora_core.train.head import Head, find_head
 
 # Float32 logits of a chunk: 128 MiB.
 _CHUNK_ELEMENTS = 2**25
 _CHUNK_TOKENS = 1024
-_PROBE_TOKENS = 8
 
 
 class SupervisedLoss:
     """Sums the loss of a batch's trained tokens under a causal language model of transformers.
 
-    Families differ in what they do with the head's output (scale it, cap it softly). The variants that
-    config.json can ask for are tried once, on a few tokens, against the model's own logits; if none of
-    them gives those, or the head itself is trained, ``chunked`` is False and the model's plain forward
-    pass is used, full logits and all.
+    Attributes:
+        chunked: False for a model whose head cannot be told from its decoder (`find_head`): then its plain
+            forward pass is used, full logits and all.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self._decoder: Any = model.get_decoder()
-        self._head = _find_head(model, self._decoder)
+        self._head = find_head(model)
         self.chunked = self._head is not None
         vocabulary = model.config.get_text_config().vocab_size
         self._chunk_tokens = max(1, min(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
@@ -46,16 +42,18 @@ class SupervisedLoss:
         """Return the summed loss (float32, differentiable) and how many tokens were predicted right."""
         if self._head is None:
             logits = self._model(input_ids=batch.input_ids, use_cache=False).logits
-            return _sums(logits.flatten(0, 1)[batch.positions], batch.targets)
-        hidden = _hidden(self._decoder, batch.input_ids).flatten(0, 1)[batch.positions]
-        loss, n_correct = _ChunkedLossFn.apply(
-            hidden, batch.targets, self._head, self._chunk_tokens
+            losses, n_correct = _losses(logits.flatten(0, 1)[batch.positions], batch.targets)
+            return losses.sum(), n_correct
+        output = self._head.decoder(input_ids=batch.input_ids, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1)[batch.positions]
+        loss, _, n_correct = _ChunkedLossFn.apply(
+            hidden, batch.targets, self._head, self._chunk_tokens, *self._head.parameters
         )  # pyright: ignore[reportGeneralTypeIssues]
         return loss, n_correct
 
 
 class _ChunkedLossFn(torch.autograd.Function):
-    """Loss and its gradient for hidden [tokens, width], chunk by chunk."""
+    """Loss and its gradients for hidden [tokens, width] and the head's parameters, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -64,82 +62,79 @@ class _ChunkedLossFn(torch.autograd.Function):
         targets: Tensor,
         head: Head,
         chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if needs_grad else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wanted = [
+            p for p, needed in zip(parameters, ctx.needs_input_grad[4:], strict=True) if needed
+        ]
+        grads = _Gradients(hidden if ctx.needs_input_grad[0] else None, wanted)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         n_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         for start in range(0, len(targets), chunk_tokens):
             place = slice(start, start + chunk_tokens)
-            with torch.set_grad_enabled(needs_grad):
-                chunk = hidden[place].detach().requires_grad_(needs_grad)
-                chunk_loss, chunk_correct = _sums(head(chunk), targets[place])
-            if grad is not None:
-                (grad[place],) = torch.autograd.grad(chunk_loss, chunk)
-            loss += chunk_loss.detach()
+            with torch.set_grad_enabled(grads.needed):
+                chunk = hidden[place].detach().requires_grad_(ctx.needs_input_grad[0])
+                chunk_losses, chunk_correct = _losses(head(chunk), targets[place])
+                chunk_loss = chunk_losses.sum()
+            if grads.needed:
+                grads.add(chunk_loss, chunk, place)
+            losses[place] = chunk_losses.detach()
             n_correct += chunk_correct
-        ctx.grad = grad
-        ctx.mark_non_differentiable(n_correct)
-        return loss, n_correct
+        ctx.grads, ctx.needed = grads, ctx.needs_input_grad
+        ctx.mark_non_differentiable(losses, n_correct)
+        return losses.sum(), losses, n_correct
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,  # noqa: ANN401
-        *grads: Tensor,
+        *outer: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        grad, ctx.grad = ctx.grad, None
-        return None if grad is None else grad.mul_(grads[0].to(grad.dtype)), None, None, None
+        grads, ctx.grads = ctx.grads, None
+        of_parameters = iter(grads.scaled_parameters(outer[0]))
+        return (
+            grads.scaled_hidden(outer[0]), None, None, None,
+            *(next(of_parameters) if needed else None for needed in ctx.needed[4:]),
+        )  # fmt: skip
 
 
-def _sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return summed cross-entropy in float32, and how often the largest logit is the target's."""
-    loss = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    return loss, (logits.detach().argmax(-1) == targets).sum()
+class _Gradients:
+    """The gradients of a summed loss, gathered chunk by chunk.
+
+    Args:
+        hidden: [tokens, width], None where its gradient is not wanted.
+        parameters: of the head, whose gradients are wanted; summed in float32.
+    """
+
+    def __init__(self, hidden: Tensor | None, parameters: list[Tensor]) -> None:
+        self._hidden = None if hidden is None else torch.empty_like(hidden)
+        self._parameters = parameters
+        self._sums = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+        self.needed = hidden is not None or bool(parameters)
+
+    def add(self, loss: Tensor, chunk: Tensor, place: slice) -> None:
+        """Take in the gradients of one chunk's loss."""
+        inputs = self._parameters if self._hidden is None else [chunk, *self._parameters]
+        found = list(torch.autograd.grad(loss, inputs, allow_unused=True))
+        if self._hidden is not None:
+            self._hidden[place] = found.pop(0)
+        for total, grad in zip(self._sums, found, strict=True):
+            if grad is not None:
+                total.add_(grad)
+
+    def scaled_hidden(self, factor: Tensor) -> Tensor | None:
+        """Return the hidden states' gradient times what comes from outside; this once."""
+        return None if self._hidden is None else self._hidden.mul_(factor.to(self._hidden.dtype))
+
+    def scaled_parameters(self, factor: Tensor) -> list[Tensor]:
+        """Return the parameters' gradients likewise, in their own dtypes."""
+        return [
+            total.mul_(factor).to(parameter.dtype)
+            for total, parameter in zip(self._sums, self._parameters, strict=True)
+        ]
 
 
-def _hidden(decoder: Any, input_ids: Tensor) -> Tensor:  # noqa: ANN401 - any family's decoder
-    output = decoder(input_ids=input_ids, use_cache=False)
-    return output.last_hidden_state
-
-
-def _find_head(model: PreTrainedModel, decoder: Any) -> Head | None:  # noqa: ANN401
-    """Return what turns hidden states into this model's logits, or None where that is not known."""
-    linear = model.get_output_embeddings()
-    if linear is None or decoder is model:
-        return None
-    if any(parameter.requires_grad for parameter in linear.parameters()):
-        return None  # the chunks give no gradient to the head itself
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            vocabulary = model.config.get_text_config().vocab_size
-            ids = torch.arange(_PROBE_TOKENS, device=model.device).remainder(vocabulary)[None]
-            expected = model(input_ids=ids, use_cache=False).logits.float()
-            hidden = _hidden(decoder, ids)
-            for head in _head_variants(model, linear):
-                actual = head(hidden).float()
-                if torch.allclose(actual, expected, rtol=1e-4, atol=1e-5):
-                    return head
-    except (AttributeError, TypeError):
-        return None  # a decoder with another signature
-    finally:
-        model.train(was_training)
-    return None
-
-
-def _head_variants(model: PreTrainedModel, linear: Any) -> list[Head]:  # noqa: ANN401
-    """Return the heads that the config may ask for, the most particular first."""
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        return [lambda hidden: torch.tanh(linear(hidden) / cap) * cap]
-    variants: list[Head] = []
-    scale = getattr(config, "logit_scale", None)
-    if isinstance(scale, int | float):
-        variants.append(lambda hidden: linear(hidden) * scale)
-    divisor = getattr(config, "logits_scaling", None)
-    if isinstance(divisor, int | float):
-        variants.append(lambda hidden: linear(hidden) / divisor)
-    return [*variants, linear]
+def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's cross-entropy in float32, and how often the largest logit is the target's."""
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    return losses, (logits.detach().argmax(-1) == targets).sum()
