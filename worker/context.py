@@ -46,10 +46,25 @@ class GivenUp(Exception):
     """The database did not answer as long as there was time to wait for it."""
 
 
+_PASSING_CLASSES = ("08", "40", "53")
+"""Of SQLSTATEs: the connection broke, another transaction was in the way, the server is short of something."""
+_PASSING = ("25006", "55P03", "57014", "57P01", "57P02", "57P03", "57P05")
+"""A standby that becomes the primary, a lock or a statement that took too long, a server that stops or starts."""
+_TOO_LONG_A_MESSAGE = "08P01"
+
+
 def is_outage(error: DBAPIError | PoolTimeout) -> bool:
-    """Tell whether the database is away, which passes, from a statement that it refuses, which does not."""
+    """Tell whether the database is away, which passes, from a statement that it refuses, which does not.
+
+    The type of the error does not tell: a value over one of PostgreSQL's limits is an OperationalError, too.
+    """
     if isinstance(error, PoolTimeout):  # every connection waits for a server that hangs
         return True
+    sqlstate = getattr(error.orig, "sqlstate", None)
+    if isinstance(sqlstate, str):
+        passes = sqlstate.startswith(_PASSING_CLASSES) or sqlstate in _PASSING
+        return passes and sqlstate != _TOO_LONG_A_MESSAGE
+    # The server did not say anything: the connection broke, or never came to be.
     return error.connection_invalidated or isinstance(error, OperationalError | InterfaceError)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_core.text.encoder import EncodedExample, TextEncoder
-from qlora_core.text.formats import ChatExample, ExampleError, parse_example
+from qlora_core.text.formats import ChatExample, ExampleError, parse_example, shortened
 from qlora_core.text.report import DatasetFormat, DatasetProblem, DatasetReport, LineError
 from qlora_core.text.template import TemplateError
 
@@ -25,6 +25,7 @@ _PROGRESS_LINES = 64
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Deeper than any tool schema, far from where Python's own stack would end.
 _DEEPEST_NESTING = 100
+_SHOWN_REASON_CHARACTERS = 400
 _FAILED = "The job failed due to an invalid training file."
 
 
@@ -131,7 +132,9 @@ class _Scan:
                 message = f"Invalid file format. {message}"
             self._add_error(LineError(number, error.code, message, error.field))
         except TemplateError as error:
-            message = f"Invalid file format. Example {number}: {error.message}"
+            # A template may quote a whole message.
+            reason = shortened(error.message, _SHOWN_REASON_CHARACTERS)
+            message = f"Invalid file format. Example {number}: {reason}"
             self._add_error(LineError(number, error.code, message, "messages"))
         except RecursionError:
             message = f"Invalid file format. Example {number} is nested too deeply."

@@ -22,6 +22,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _TEMPLATE_ROLE = {"developer": "system", "function": "tool"}
 _TEXT_FIELDS = ("name", "tool_call_id", "refusal", "reasoning_content", "reasoning", "thinking")
 _MESSAGE_FIELDS = {"role", "content", "weight", "tool_calls", "function_call", *_TEXT_FIELDS}
+_SHOWN_CHARACTERS = 40
 _UNEXPECTED_FORMAT = (
     "Unexpected file format, expected either prompt/completion pairs or chat messages."
 )
@@ -167,8 +168,9 @@ def _message(message: object, index: int) -> Json:
     role = _role(message, where, field)
     for name, value in message.items():
         if name not in _MESSAGE_FIELDS and value is not None:
+            shown = shortened(name, _SHOWN_CHARACTERS)
             raise ExampleError(
-                "unknown_field", f"{where} has the unknown field {name!r}.", f"{field}.{name}"
+                "unknown_field", f"{where} has the unknown field {shown!r}.", f"{field}.{shown}"
             )
         if name in _TEXT_FIELDS and not isinstance(value, str | None):
             raise ExampleError(
@@ -319,5 +321,9 @@ def _json_type(value: object) -> str:
 
 def _shown(value: object) -> str:
     """Quote a value from a file, short enough for a message."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:40] + "…"
+    return shortened(json.dumps(value, ensure_ascii=False), _SHOWN_CHARACTERS)
+
+
+def shortened(text: str, characters: int) -> str:
+    """Return a text cut to so many characters: what quotes a file must not grow with the file."""
+    return text if len(text) <= characters else text[:characters] + "…"

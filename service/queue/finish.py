@@ -81,8 +81,13 @@ def failed(
     report: dict[str, Any] | None = None,
     detail: dict[str, Any] | None = None,
 ) -> None:
-    """The attempt found something that another one would find again: the job ends with the reason."""
-    hold(session, fence)
+    """The attempt found something that another one would find again: the job ends with the reason.
+
+    A wish to cancel that came while this could not be written is fulfilled instead.
+    """
+    if hold(session, fence).desired == "cancel":
+        cancelled(session, fence, detail=detail)
+        return
     repository.end_attempt(session, fence.job_id, fence.attempt_no, "failed", detail)
     values: dict[str, Any] = {"error": error, "estimated_finish": None}
     if report is not None:

@@ -2,7 +2,7 @@
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.exc import DataError
+from sqlalchemy.exc import DataError, OperationalError
 
 from service.settings import Settings
 from worker.context import GivenUp, outlast
@@ -37,10 +37,43 @@ def test_it_ends_when_there_is_no_more_time() -> None:
         outlast(engine.connect, wait=lambda _: True)
 
 
-def test_what_the_database_refuses_is_not_tried_again(settings: Settings) -> None:
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("SELECT 1 / 0", DataError),
+        ("SELECT repeat('x', 2000000000)", OperationalError),  # 54000: over a limit
+        ("DO $$ BEGIN RAISE EXCEPTION 'no' USING ERRCODE = '08P01'; END $$", OperationalError),
+    ],
+)
+def test_what_the_database_refuses_is_not_tried_again(
+    settings: Settings, statement: str, error: type[Exception]
+) -> None:
     assert settings.database_url is not None
     engine = create_engine(settings.database_url.get_secret_value())
 
-    with pytest.raises(DataError), engine.connect() as connection:
-        outlast(lambda: connection.execute(text("SELECT 1 / 0")), wait=lambda _: False)
+    with pytest.raises(error), engine.connect() as connection:
+        outlast(lambda: connection.execute(text(statement)), wait=_never_again)
     engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "sqlstate", ["08006", "25006", "40001", "53100", "53300", "55P03", "57014", "57P01"]
+)
+def test_what_passes_is_outlasted(settings: Settings, sqlstate: str) -> None:
+    assert settings.database_url is not None
+    engine = create_engine(settings.database_url.get_secret_value())
+    refuse = f"DO $$ BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = '{sqlstate}'; END $$"
+    statements = [refuse, "SELECT 7"]
+
+    def ask() -> object:
+        with engine.connect() as connection:
+            return connection.execute(text(statements.pop(0))).scalar_one()
+
+    answer = outlast(ask, wait=lambda _: False)
+    engine.dispose()
+
+    assert answer == 7
+
+
+def _never_again(_: float) -> bool:
+    pytest.fail("it is tried again")

@@ -171,6 +171,34 @@ def test_a_line_of_a_hundred_megabytes_is_refused_in_little_memory(
     assert peak_bytes < 4 * LONGEST_LINE_BYTES
 
 
+HUGE = "x" * 100_000
+CALLS = [{"function": {"name": HUGE}}]
+HUGE_PARTS: dict[str, Any] = {
+    "field name": {"role": "assistant", "content": "a", HUGE: 1},
+    "role": {"role": HUGE, "content": "a"},
+    "weight": {"role": "assistant", "content": "a", "weight": HUGE},
+    "part type": {"role": "assistant", "content": [{"type": HUGE}]},
+    "call": {"role": "assistant", "tool_calls": CALLS},
+}
+
+
+@pytest.mark.parametrize("name", HUGE_PARTS)
+def test_a_report_stays_small_whatever_it_quotes(
+    name: str, make_folder: Any, tmp_path: Path
+) -> None:
+    folder = make_folder("chatml")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception(messages[0]['tool_calls'][0].function.name) }}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoder = TextEncoder.from_folder(folder)
+
+    report = _check(encoder, tmp_path, *[{"messages": [HUGE_PARTS[name]]}] * 100)
+
+    assert (report.n_errors, len(report.errors)) == (100, 100)
+    assert all(len(e.message) < 600 and len(e.field or "") < 200 for e in report.errors)
+    assert len(json.dumps(report.as_dict())) < 100_000
+
+
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf"])
 def test_an_empty_file_says_so(content: bytes, encoder: TextEncoder, tmp_path: Path) -> None:
     report = _check(encoder, tmp_path, content)

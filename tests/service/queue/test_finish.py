@@ -111,6 +111,22 @@ def test_a_failure_keeps_its_reason(
     assert story(session, job.id)[-1][1] == "The loss is NaN."
 
 
+def test_a_failure_that_should_be_cancelled_is_a_cancel(
+    make_job: MakeJob, make_claim: MakeClaim, session: Session, sessions: sessionmaker[Session]
+) -> None:
+    make_job(status="validating_files")
+    fence = claimed(make_claim("validate")).fence
+    with transaction(sessions) as tx:
+        tx.get_one(Job, fence.job_id).desired = "cancel"
+
+    with transaction(sessions) as tx:
+        finish.failed(tx, fence, {"code": "x", "message": "x", "param": None}, report={"n": 1})
+
+    job = session.get_one(Job, fence.job_id)
+    assert (job.status, job.error, job.dataset_report) == ("cancelled", None, None)
+    assert session.get_one(Attempt, (job.id, 1)).outcome == "cancelled"
+
+
 def test_an_orderly_stop_does_not_count_as_lost_and_the_job_can_be_claimed_again(
     make_job: MakeJob, make_claim: MakeClaim, session: Session, sessions: sessionmaker[Session]
 ) -> None:
