@@ -77,6 +77,7 @@ def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice
     Raises:
         ModelUnsupported: a part of the model can neither be quantized nor be left dense, or nothing can be quantized.
     """
+    _refuse_shared_layers(model)
     dense = _paths_kept_dense(model, skip_modules)
     linears: set[str] = set()
     experts: set[str] = set()
@@ -142,6 +143,17 @@ def _paths_kept_dense(model: PreTrainedModel, skip_modules: Sequence[str]) -> se
         paths |= {f"{path}.{child}" for child in (*children, *_READ_DIRECTLY.get(kind, ()))}
     head = model.get_output_embeddings() if HEAD in skip_modules else None
     return paths | shared | {path for path, module in model.named_modules() if module is head}
+
+
+def _refuse_shared_layers(model: PreTrainedModel) -> None:
+    """Refuse layers that share one weight among them: what is tied stays dense, which is meant for heads."""
+    for target, source in model.all_tied_weights_keys.items():
+        paths = [name.rpartition(".")[0] for name in (target, source)]
+        if all(is_plain_linear(model.get_submodule(path)) for path in paths):
+            raise ModelUnsupported(
+                f"{paths[0]} and {paths[1]} are linear layers that share their weight, which cannot "
+                "be quantized"
+            )
 
 
 def _names(path: str, names: Sequence[str]) -> bool:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -35,12 +36,13 @@ def load_model(
     quantize: bool = True,
     block_size: int = 64,
     double_quant: bool = True,
+    scale: Literal["absmax", "mse"] = "absmax",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model with its linear layers in NF4.
 
     A checkpoint that bitsandbytes has quantized to NF4 already is loaded as it is: its 4-bit layers with the same bits,
-    the others dense, whatever ``skip_modules``, ``block_size`` and ``double_quant`` say.
+    the others dense, whatever ``skip_modules``, ``block_size``, ``double_quant`` and ``scale`` say.
 
     Args:
         path: folder with config.json and safetensors weights, in one file or in shards.
@@ -52,6 +54,7 @@ def load_model(
         quantize: False keeps every layer dense, and makes those dense that the checkpoint has in NF4.
         block_size: elements per scale, a power of two from 32 to 4096.
         double_quant: whether the scales become 8-bit codes too.
+        scale: how a block's scale is found, as in `quantize_nf4`.
         on_progress: called with (bytes done, bytes in all) of the weight files.
 
     Returns:
@@ -77,7 +80,7 @@ def load_model(
             f"config.json of {folder} says that its weights are quantized, but none of them is"
         )
     choice = choose_layers(model, skip_modules) if quantize and not in_nf4 else None
-    quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant)
+    quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant, scale=scale)
     fill = Filling(model, device, compute_dtype, choice, quantizer, keep_nf4=quantize)
     beside = {key for keys in in_nf4.values() for key in keys[1:]}
     steps, unexpected = plan_loading(model, files.places.keys() - beside)

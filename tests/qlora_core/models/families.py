@@ -142,7 +142,10 @@ _ADJUSTMENTS: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
         "num_hidden_layers": 4,
     },
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "num_hidden_layers": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -35,7 +35,8 @@ REFUSED = {
     "longcat_flash": "LongcatFlashExperts",
     "phi4_multimodal": "MultiheadAttention",  # only in this size; see test_choice
     "rwkv": "RwkvModel",
-    "zamba": "ZambaMambaMixer",
+    "zamba": "share their weight",
+    "zamba2": "share their weight",
 }
 # Each for something that the others do not have: a transposed weight, a fused one, experts with and without gate, bias
 # and transposition, mixers, an encoder's vocabulary, several configurations in one, a linear layer of its own kind.
