@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,7 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_scales_finite(absmax: Tensor, name: str) -> None:
-    """Refuse a tensor whose scales show NaN or infinity in it; raises NonFiniteError."""
-    if not bool(torch.isfinite(absmax).all()):
+    """Refuse a tensor whose scales, none negative, show NaN or infinity in it; raises NonFiniteError."""
+    # The largest is NaN where any is: one pass instead of four.
+    if not math.isfinite(absmax.max().item()):
         raise NonFiniteError(f"{name} holds NaN or infinity; only finite weights can be quantized")

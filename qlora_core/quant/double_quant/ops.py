@@ -1,6 +1,7 @@
 """Double quantization on any device: checks the tensors and picks the device's path.
 
-CPU tensors take `reference`, others take `kernels` (Triton), whose module is only imported then.
+CPU tensors take `cpu` (tables), others take `kernels` (Triton), whose module is only imported then;
+both equal `reference` bit for bit.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor
 from qlora_core.errors import NonFiniteError, ShapeError
 from qlora_core.quant.checks import check_dtype, check_layout, check_scales_finite
 from qlora_core.quant.codebook import NESTED_BLOCK_SIZE
-from qlora_core.quant.double_quant import reference
+from qlora_core.quant.double_quant import cpu, reference
 from qlora_core.quant.double_quant.launch import launch_quantize
 
 
@@ -35,12 +36,11 @@ def quantize_absmax(absmax: Tensor, *, name: str = "absmax") -> tuple[Tensor, Te
     check_layout(absmax=absmax)
     if absmax.dim() != 1 or absmax.numel() == 0:
         raise ShapeError(f"{name} must be one-dimensional and not empty, not {list(absmax.shape)}")
-    check_scales_finite(absmax, name)
     on_cpu = absmax.device.type == "cpu"
-    codes, nested_absmax, offset = (reference.quantize_absmax if on_cpu else launch_quantize)(
-        absmax
-    )
+    codes, nested_absmax, offset = (cpu.quantize_absmax if on_cpu else launch_quantize)(absmax)
+    # It is not where a scale is not, either: one number tells of all.
     if not bool(torch.isfinite(offset)):
+        check_scales_finite(absmax, name)
         raise NonFiniteError(
             f"the mean of {name} is beyond float32, so that it cannot be doubly quantized; "
             "double_quant=False takes it"

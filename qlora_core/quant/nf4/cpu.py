@@ -1,24 +1,45 @@
-"""NF4 on CPUs: the reference's results by table look-ups over chunks that stay in the cache.
+"""NF4 on CPUs: the reference's results by table look-ups over chunks, spread over a few threads.
 
-Dequantizing looks up both elements of a byte at once; quantizing finds the code from one of 4096
-bins and a single exact comparison, because no bin holds more than one threshold.
+Dequantizing looks up both elements of a byte at once. Quantizing sorts scaled values into 65,536
+bins and looks up a bin's code; the few values whose bin is near a threshold are compared exactly.
+A chunk holds whole blocks, also nested ones, so which thread takes which chunk changes nothing.
+
+The loops make every view of their working memory beforehand: each call of torch, even for a view,
+hands Python's lock to another thread, which costs more than the call.
 """
 
 from __future__ import annotations
 
-from functools import cache
+import math
+from collections.abc import Iterator
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from qlora_core.quant.codebook import NF4_LEVELS, NF4_THRESHOLDS
+from qlora_core.quant.checks import check_scales_finite
+from qlora_core.quant.codebook import (
+    NESTED_BLOCK_SIZE,
+    NF4_LEVELS,
+    NF4_THRESHOLDS,
+    nf4_thresholds,
+)
+from qlora_core.quant.double_quant.cpu import ScaleRoom
+from qlora_core.quant.double_quant.reference import dequantize_absmax
+from qlora_core.quant.memory import empty
 from qlora_core.quant.nf4 import reference
+from qlora_core.quant.scratch import scratch
+from qlora_core.quant.threads import share
 
 _CPU = torch.device("cpu")
-# Multiples of half the largest block size, so that a chunk never splits a block.
-_CHUNK_BYTES = 128 * 1024
-_CHUNK_ELEMENTS = 256 * 1024
-_BINS = 4096
+# Elements, a multiple of every block size. With smaller chunks threads wait for Python's lock, larger
+# ones leave the cache.
+_CHUNK = 512 * 1024
+
+_BINS = 2**16
+_HALF = (_BINS - 1) / 2
+_UNSURE = 0x80  # instead of a code
+_EIGHT_UNSURE = -0x7F7F7F7F7F7F7F80  # in any of the eight bytes of an int64
 
 
 @cache
@@ -30,98 +51,185 @@ def _pair_table() -> Tensor:
     return pairs.contiguous().view(torch.int64).view(-1)
 
 
-def _bin_of(scaled: Tensor) -> Tensor:
-    """Sort values of [-1, 1] into bins; never descending in the value, whatever the rounding."""
-    return scaled.add(1.0).mul_((_BINS - 1) / 2).int()
-
-
 @cache
-def _bin_tables() -> tuple[Tensor, Tensor]:
-    """For each bin the code of its low end, uint8, and the threshold inside it or infinity, float32.
+def _code_table() -> Tensor:
+    """For each bin the code of its values, or `_UNSURE` where that takes a comparison: uint8 [_BINS].
 
-    Exact, because `_bin_of` never descends: a value in a lower bin than a threshold's own lies
-    below that threshold, one in a higher bin above it.
+    `_encode` finds a value's bin to within an eighth of one, however the machine rounds on the way:
+    a float32 below 2^16 has at least eight bits after the point. So only bins within that distance
+    of a threshold are unsure.
     """
-    thresholds = torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device=_CPU)
-    bins = _bin_of(thresholds)
-    code = (torch.arange(_BINS, device=_CPU)[:, None] > bins).sum(dim=1).to(torch.uint8)
-    inside = torch.full((_BINS,), torch.inf, device=_CPU)
-    inside[bins.long()] = thresholds
-    return code, inside
+    places = [_HALF + threshold * _HALF for threshold in NF4_THRESHOLDS]
+    bins = torch.arange(_BINS, dtype=torch.float64, device=_CPU)
+    table = torch.bucketize(bins, torch.tensor(places, dtype=torch.float64, device=_CPU))
+    for near in (-1 / 8, 1 / 8):
+        table[[math.floor(place + near) for place in places]] = _UNSURE
+    return table.to(torch.uint8)
 
 
-def dequantize_nf4_into(packed: Tensor, absmax: Tensor, out: Tensor, *, block_size: int) -> None:
-    """Fill ``out`` [n] with what `reference.dequantize_nf4` gives, chunk by chunk.
+class _DequantizeRoom:
+    """One thread's working memory for chunks of n elements, in the shapes that the loop needs."""
+
+    def __init__(self, n: int, block_size: int) -> None:
+        self.index = scratch("index", n // 2, torch.int32)
+        self.pairs = scratch("floats", n // 2, torch.int64)
+        self.values = self.pairs.view(torch.float32)
+        self.blocks = self.values.view(-1, block_size)
+        self.scales = ScaleRoom(n // block_size)
+
+
+def dequantize_nf4_into(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """Fill ``out`` [n] with what the two `reference` modules give, one after the other.
 
     Args:
         packed: uint8 [ceil(n / 2)] on the CPU.
-        absmax: float32 [ceil(n / block_size)].
+        absmax: [ceil(n / block_size)], float32 scales, or their uint8 codes.
+        nested_absmax: float32 [ceil(blocks / 256)] when there are codes, else None.
+        offset: float32 [] when there are codes, else None.
         out: float32, float16 or bfloat16 [n], contiguous.
         block_size: elements per scale.
     """
     n = out.numel()
-    whole = n // block_size * block_size
-    chunk = min(_CHUNK_BYTES, whole // 2)
-    index = torch.empty(chunk, dtype=torch.int32)
-    # An 8-byte view of `out` needs its first element on an 8-byte boundary.
-    direct = (
-        out.dtype == torch.float32 and out.data_ptr() % 8 == 0 and out.storage_offset() % 2 == 0
-    )
-    scratch = torch.empty(0 if direct else chunk, dtype=torch.int64)
-
-    for start in range(0, whole // 2, _CHUNK_BYTES):
-        stop = min(start + _CHUNK_BYTES, whole // 2)
-        target = out[2 * start : 2 * stop]
-        pairs = target.view(torch.int64) if direct else scratch[: stop - start]
-        index_part = index[: stop - start].copy_(packed[start:stop])
-        torch.index_select(_pair_table(), 0, index_part, out=pairs)
-        values = pairs.view(torch.float32).view(-1, block_size)
-        values.mul_(absmax[2 * start // block_size : 2 * stop // block_size, None])
-        if not direct:
-            target.copy_(values.view(-1))
-
+    blocks = n // block_size
+    whole = blocks * block_size
+    if whole:
+        chunk = max(_CHUNK, NESTED_BLOCK_SIZE * block_size)
+        scales = absmax[:blocks, None].split(chunk // block_size)
+        nested = [None] * len(scales)
+        if nested_absmax is not None:
+            # Without the one that only a short last block is in.
+            needed = nested_absmax[: -(-blocks // NESTED_BLOCK_SIZE), None]
+            nested = needed.split(chunk // block_size // NESTED_BLOCK_SIZE)
+        parts = zip(
+            packed[: whole // 2].split(chunk // 2),
+            scales,
+            nested,
+            out[:whole].split(chunk),
+            strict=True,
+        )
+        share(list(parts), partial(_dequantize, offset=offset, block_size=block_size))
     if whole < n:
+        last = absmax[blocks:]
+        if nested_absmax is not None and offset is not None:
+            last = dequantize_absmax(last, nested_absmax[-1:], offset)
         out[whole:] = reference.dequantize_nf4(
-            packed[whole // 2 :], absmax[-1:], n=n - whole, block_size=block_size, dtype=out.dtype
+            packed[whole // 2 :], last, n=n - whole, block_size=block_size, dtype=out.dtype
         )
 
 
-def quantize_nf4(values: Tensor, *, block_size: int) -> tuple[Tensor, Tensor]:
-    """Give what `reference.quantize_nf4` gives, with scratch memory of a few chunks.
+def _dequantize(
+    parts: Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor]],
+    *,
+    offset: Tensor | None,
+    block_size: int,
+) -> None:
+    """Fill the outs of whole blocks: (packed, absmax, nested_absmax, out) each, scales as columns."""
+    table = _pair_table()
+    n, room = 0, None
+    for packed, absmax, nested_absmax, out in parts:
+        if room is None or out.numel() != n:
+            n = out.numel()
+            room = _DequantizeRoom(n, block_size)
+        scales = absmax
+        if nested_absmax is not None and offset is not None:
+            scales = room.scales.fill(absmax.view(-1), nested_absmax, offset)
+        torch.index_select(table, 0, room.index.copy_(packed), out=room.pairs)
+        if out.dtype == torch.float32:
+            torch.mul(room.blocks, scales, out=out.view(-1, block_size))
+        else:
+            room.blocks.mul_(scales)
+            out.copy_(room.values)
+
+
+class _QuantizeRoom:
+    """One thread's working memory for chunks of n elements, in the shapes that the loop needs."""
+
+    def __init__(self, n: int, block_size: int) -> None:
+        self.scaled = scratch("scaled", n, torch.float32)
+        self.blocks = self.scaled.view(-1, block_size)
+        self.eights = self.scaled.view(-1, 8)
+        # One after the other: magnitudes, places among the bins, bins.
+        self.floats = scratch("floats", n, torch.float32)
+        self.magnitudes = self.floats.view(-1, block_size)
+        self.bins = self.floats.view(torch.int32)
+        self.codes = scratch("codes", n, torch.uint8)
+        self.eight_codes = self.codes.view(-1, 8)
+        self.eight_codes_as_one = self.codes.view(torch.int64)
+        self.unsure = scratch("unsure", n // 8, torch.int64)
+        self.pairs = self.codes.view(torch.int16)  # the even element's code is the lower byte
+        self.high = scratch("high", n // 2, torch.int16)
+
+
+def quantize_nf4(values: Tensor, *, block_size: int, name: str) -> tuple[Tensor, Tensor]:
+    """Give what `reference.quantize_nf4` gives, with scratch memory of a few chunks per thread.
 
     Args:
         values: float16, bfloat16 or float32 [n], contiguous, on the CPU.
         block_size: elements per scale.
+        name: of the tensor, for error messages.
 
     Returns:
-        packed uint8 [ceil(n / 2)] and absmax float32 [ceil(n / block_size)]; absmax is not finite
-        where the values are not.
+        packed uint8 [ceil(n / 2)] and absmax float32 [ceil(n / block_size)].
+
+    Raises:
+        NonFiniteError: the values hold NaN or infinity; found chunk by chunk, on the way.
     """
     n = values.numel()
-    packed = torch.empty((n + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
-    whole = n // block_size * block_size
-
-    for start in range(0, whole, _CHUNK_ELEMENTS):
-        stop = min(start + _CHUNK_ELEMENTS, whole)
-        blocks = values[start:stop].float().view(-1, block_size)
-        scales = torch.linalg.vector_norm(blocks, torch.inf, dim=1)
-        absmax[start // block_size : stop // block_size] = scales
-        if bool(torch.isfinite(scales).all()):
-            packed[start // 2 : stop // 2] = _encode(blocks, scales)
-
+    packed = empty((n + 1) // 2, torch.uint8)
+    absmax = empty(-(-n // block_size), torch.float32)
+    blocks = n // block_size
+    whole = blocks * block_size
+    if whole:
+        parts = zip(
+            values[:whole].split(_CHUNK),
+            packed[: whole // 2].split(_CHUNK // 2),
+            absmax[:blocks].split(_CHUNK // block_size),
+            strict=True,
+        )
+        share(list(parts), partial(_quantize, block_size=block_size, name=name))
     if whole < n:
         tail_packed, tail_absmax = reference.quantize_nf4(values[whole:], block_size=block_size)
+        check_scales_finite(tail_absmax, name)
         packed[whole // 2 :] = tail_packed
-        absmax[-1:] = tail_absmax
+        absmax[blocks:] = tail_absmax
     return packed, absmax
 
 
-def _encode(blocks: Tensor, absmax: Tensor) -> Tensor:
-    """Give the packed codes of whole blocks: float32 [blocks, block_size] -> uint8 [bytes]."""
-    scaled = (blocks * reference.reciprocal(absmax)[:, None]).view(-1)
-    bins = _bin_of(scaled)
-    code_of_bin, threshold_of_bin = _bin_tables()
-    codes = code_of_bin.index_select(0, bins)
-    codes += scaled > threshold_of_bin.index_select(0, bins)
-    return (codes[0::2] << 4) | codes[1::2]
+def _quantize(
+    parts: Iterator[tuple[Tensor, Tensor, Tensor]], *, block_size: int, name: str
+) -> None:
+    """Fill the codes and scales of whole blocks: (values, packed, absmax) each."""
+    n, room = 0, None
+    for values, packed, absmax in parts:
+        if room is None or values.numel() != n:
+            n = values.numel()
+            room = _QuantizeRoom(n, block_size)
+        room.scaled.copy_(values)
+        torch.abs(room.blocks, out=room.magnitudes)
+        torch.amax(room.magnitudes, dim=1, out=absmax)
+        check_scales_finite(absmax, name)
+        room.blocks.mul_(reference.reciprocal(absmax)[:, None])
+        _encode(room)
+        torch.bitwise_left_shift(room.pairs, 4, out=room.high)
+        packed.copy_(room.high.bitwise_or_(room.pairs.bitwise_right_shift_(8)))
+
+
+def _encode(room: _QuantizeRoom) -> None:
+    """Turn the scaled values, in [-1, 1], into codes."""
+    middle = torch.tensor(_HALF, dtype=torch.float32, device=_CPU)
+    torch.add(middle, room.scaled, alpha=_HALF, out=room.floats)
+    torch.index_select(_code_table(), 0, room.bins.copy_(room.floats), out=room.codes)
+
+    # Looked for by eights, since torch is slow at finding single elements.
+    torch.bitwise_and(room.eight_codes_as_one, _EIGHT_UNSURE, out=room.unsure)
+    unsure = torch.nonzero(room.unsure).view(-1)
+    exact = torch.bucketize(room.eights[unsure], nf4_thresholds(_CPU))
+    room.eight_codes[unsure] = exact.to(torch.uint8)

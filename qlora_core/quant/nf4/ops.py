@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qlora_core.errors import LayoutError, ShapeError
+from qlora_core.quant import memory
 from qlora_core.quant.checks import (
     check_block_size,
     check_dtype,
@@ -17,7 +18,7 @@ from qlora_core.quant.checks import (
     check_layout,
     check_scales_finite,
 )
-from qlora_core.quant.double_quant.ops import check_nested, dequantize_absmax
+from qlora_core.quant.double_quant.ops import check_nested
 from qlora_core.quant.nf4 import cpu
 from qlora_core.quant.nf4.launch import launch_dequantize, launch_quantize
 
@@ -50,9 +51,8 @@ def quantize_nf4(
         raise ShapeError(f"{name} of shape {list(values.shape)} has no elements")
     flat = values.detach().reshape(-1)
     if flat.device.type == "cpu":
-        packed, absmax = cpu.quantize_nf4(flat, block_size=block_size)
-    else:
-        packed, absmax = launch_quantize(flat, block_size=block_size)
+        return cpu.quantize_nf4(flat, block_size=block_size, name=name)
+    packed, absmax = launch_quantize(flat, block_size=block_size)
     check_scales_finite(absmax, name)
     return packed, absmax
 
@@ -100,9 +100,7 @@ def dequantize_nf4(
     if packed.device.type != "cpu":
         launch_dequantize(packed, absmax, nested_absmax, offset, flat_out, block_size=block_size)
         return flat_out
-    if nested_absmax is not None and offset is not None:
-        absmax = dequantize_absmax(absmax, nested_absmax, offset)
-    cpu.dequantize_nf4_into(packed, absmax, flat_out, block_size=block_size)
+    cpu.dequantize_nf4_into(packed, absmax, nested_absmax, offset, flat_out, block_size=block_size)
     return flat_out
 
 
@@ -120,6 +118,8 @@ def _check_codes(packed: Tensor, absmax: Tensor, *, n: int, block_size: int) -> 
 def _prepare_out(out: Tensor | None, *, n: int, dtype: torch.dtype, beside: Tensor) -> Tensor:
     """Give a checked, flat ``out`` of n elements, or a new one on the device of ``beside``."""
     check_float(dtype, "dtype")
+    if out is None and beside.device.type == "cpu":
+        return memory.empty(n, dtype)
     if out is None:
         return torch.empty(n, dtype=dtype, device=beside.device)
     check_dtype(dtype, out=out)
