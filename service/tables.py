@@ -131,7 +131,7 @@ class Job(Base):
     # What came of it.
     hyperparameters: Mapped[dict[str, Any]]  # "auto" until validation resolves them
     dataset_report: Mapped[dict[str, Any] | None]
-    error: Mapped[dict[str, Any] | None]  # {code, message, param, hint?, log_tail?}
+    error: Mapped[dict[str, Any] | None]  # {code, message, param, hint?}
     fine_tuned_model: Mapped[str | None] = mapped_column(unique=True)
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     estimated_finish: Mapped[datetime | None]

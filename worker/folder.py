@@ -103,7 +103,7 @@ def write_json(path: Path, value: dict[str, Any], *, durable: bool = True) -> No
     """Put a JSON object at `path`, whole or not at all; durable: it survives a power cut."""
     partial = path.with_name(f"{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False)
+        json.dump(value, file)  # ASCII: what quotes a user's file may hold halves of characters
         file.flush()
         if durable:
             os.fsync(file.fileno())

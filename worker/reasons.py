@@ -4,7 +4,7 @@ import errno
 from typing import Any
 
 JobError = dict[str, Any]
-"""{code, message, param} and, where there is one, hint and log_tail; see `service.queue.finish`."""
+"""{code, message, param} and, where there is one, hint; see `service.queue.finish`."""
 
 DISK_FULL_STATUS = 28
 """A child that cannot even write its result ends with this exit status."""

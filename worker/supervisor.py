@@ -209,7 +209,13 @@ class Supervisor:
             # The adapter cannot be stored. It is still in the attempt's folder, so another attempt may manage.
             verdict = _no_room_or_no_answer(error)
             waiting = self._write(verdict)
-        log.info("attempt_ended", outcome=verdict.kind, reason=verdict.reason, **self._names())
+        log.info(
+            "attempt_ended",
+            outcome=verdict.kind,
+            reason=verdict.reason,
+            log_tail=verdict.detail.get("log_tail"),
+            **self._names(),
+        )
         if verdict.kind != "requeue":
             self._drop_folders()
         if waiting is not None:

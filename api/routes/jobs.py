@@ -30,7 +30,6 @@ class JobErrorOut(BaseModel):
     message: str
     param: str | None = None
     hint: str | None = None
-    log_tail: str | None = None
 
 
 class JobOut(BaseModel):

@@ -168,9 +168,10 @@ def _message(message: object, index: int) -> Json:
     role = _role(message, where, field)
     for name, value in message.items():
         if name not in _MESSAGE_FIELDS and value is not None:
-            shown = shortened(name, _SHOWN_CHARACTERS)
             raise ExampleError(
-                "unknown_field", f"{where} has the unknown field {shown!r}.", f"{field}.{shown}"
+                "unknown_field",
+                f"{where} has the unknown field {_shown(name)}.",
+                f"{field}.{shortened(name, _SHOWN_CHARACTERS)}",
             )
         if name in _TEXT_FIELDS and not isinstance(value, str | None):
             raise ExampleError(
@@ -325,5 +326,9 @@ def _shown(value: object) -> str:
 
 
 def shortened(text: str, characters: int) -> str:
-    """Return a text cut to so many characters: what quotes a file must not grow with the file."""
-    return text if len(text) <= characters else text[:characters] + "…"
+    """Return a text of a file as a message can quote it: cut, since a message must not grow with the file.
+
+    JSON can hold half of a surrogate pair, which UTF-8 cannot: it is written as its escape.
+    """
+    text = text if len(text) <= characters else text[:characters] + "…"
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -12,7 +12,7 @@ from service.queue.fence import Fence, hold
 from service.tables import Job
 
 JobError = dict[str, Any]
-"""A job's `error`: {code, message, param} and, where there is one, hint and log_tail."""
+"""A job's `error`: {code, message, param} and, where there is one, hint."""
 
 
 def validated(
@@ -126,7 +126,7 @@ def give_back(
         lost: whether this counts towards `max_attempts` (a death does, an orderly stop does not).
         reason: ends the sentence "The job goes back to the queue: …".
         max_attempts: a job lost this often fails.
-        detail: kept with the attempt.
+        detail: kept with the attempt, for the operator: a log's end quotes this machine's folders.
 
     Returns:
         The kind of work that waits now, None if the job ended.
@@ -155,7 +155,7 @@ def take_back(
         _cancel(session, job.id, job.attempt_no)
         return None
     if lost_attempts >= max_attempts:
-        _fail_lost(session, job, lost_attempts, reason, detail)
+        _fail_lost(session, job, lost_attempts, reason)
         return None
     event = NewEvent(
         f"The job goes back to the queue: {reason}",
@@ -186,17 +186,13 @@ def _cancel(session: Session, job_id: str, attempt_no: int) -> None:
     move(session, job_id, "cancelled", event, attempt_no=attempt_no, estimated_finish=None)
 
 
-def _fail_lost(
-    session: Session, job: Job, lost_attempts: int, reason: str, detail: dict[str, Any] | None
-) -> None:
+def _fail_lost(session: Session, job: Job, lost_attempts: int, reason: str) -> None:
     error: JobError = {
         "code": "worker_lost",
         "message": f"The job was lost {lost_attempts} times, the last time because {reason}.",
         "param": None,
         "hint": "Look into the workers' logs; if they are short of memory, use a smaller batch or context.",
     }
-    if detail is not None and detail.get("log_tail"):
-        error["log_tail"] = detail["log_tail"]
     move(
         session,
         job.id,

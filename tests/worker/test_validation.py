@@ -1,4 +1,8 @@
+import json
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from service.tables import Event, Job
 from tests.worker.conftest import chat_lines
@@ -37,6 +41,36 @@ def test_long_examples_are_cut_and_counted_aloud(
     assert job.dataset_report["training_file"]["n_truncated"] == 2
     warnings = [event for event in story(job_id) if event.level == "warn"]
     assert [event.data["kind"] for event in warnings if event.data] == ["truncated"]
+
+
+HALF = "\ud800"  # of a surrogate pair: JSON can write it, UTF-8 cannot
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        ({"role": HALF, "content": "a"}, "messages[0].role"),
+        ({"role": "user", "content": "a", "weight": HALF}, "messages[0].weight"),
+        ({"role": "user", "content": [{"type": HALF}]}, "messages[0].content[0]"),
+        ({"role": "user", "content": "a", HALF: 1}, "messages[0].\\ud800"),
+    ],
+    ids=["role", "weight", "part type", "field name"],
+)
+def test_half_a_character_is_quoted_and_its_line_named(
+    crew: Crew, submit: Submit, await_job: Await, message: dict[str, Any], field: str
+) -> None:
+    bad = json.dumps({"messages": [message, {"role": "assistant", "content": "b"}]})
+    job_id = submit([*chat_lines(12), bad])
+    crew.ring("validate")
+
+    job = await_job(job_id, "failed", timeout_s=30)
+
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("invalid_training_file", "training_file")
+    assert "Example 13" in job.error["message"]
+    assert "\\ud800" in job.error["message"]
+    assert job.dataset_report is not None
+    assert job.dataset_report["training_file"]["errors"][0]["field"] == field
 
 
 def test_a_disk_that_takes_no_folder_costs_attempts_and_not_their_leases(

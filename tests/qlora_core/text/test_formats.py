@@ -45,7 +45,7 @@ BAD: list[tuple[dict[str, Any], str, str | None, str]] = [
     (_chat(USER, {**ANSWER, "weight": 0.5}), "wrong_weight", "messages[1].weight", "not 0.5"),
     (_chat(USER, {**ANSWER, "weight": [1]}), "wrong_weight", "messages[1].weight", "0 or 1"),
     (_chat({**USER, "weight": 1}, ANSWER), "wrong_weight", "messages[0].weight", "only assistant"),
-    (_chat(USER, {**ANSWER, "weigth": 0}), "unknown_field", "messages[1].weigth", "'weigth'"),
+    (_chat(USER, {**ANSWER, "weigth": 0}), "unknown_field", "messages[1].weigth", '"weigth"'),
     (_chat({**USER, "name": 3}, ANSWER), "wrong_type", "messages[0].name", "must be a string"),
     (_chat({**USER, "tool_calls": [CALL]}, ANSWER), "wrong_type", "messages[0].tool_calls", "only the assistant"),
     (_chat(USER, {"role": "assistant", "tool_calls": "f"}), "wrong_type", "messages[1].tool_calls", "a list"),
