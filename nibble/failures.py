@@ -51,8 +51,15 @@ def is_passing(error: Exception) -> bool:
     if isinstance(error, Ending):
         return error.code is ExitCode.UNREACHABLE
     if isinstance(error, openai.APIStatusError):
-        return error.status_code >= 500 or error.status_code in (408, 429)
+        return _may_pass(error)
     return isinstance(error, openai.APIConnectionError | json.JSONDecodeError)
+
+
+def _may_pass(error: "APIStatusError") -> bool:
+    """Whether to ask again is worth it; the service says so itself where the status misleads (a full disk's 507)."""
+    if error.response.headers.get("x-should-retry") == "false":
+        return False
+    return error.status_code >= 500 or error.status_code in (408, 429)
 
 
 def _status_ending(error: "APIStatusError") -> Ending:
@@ -66,7 +73,7 @@ def _status_ending(error: "APIStatusError") -> Ending:
             f"{_Service.address} does not take the API key from {_Service.key_source}: {message}"
         )
     code = ExitCode.REFUSED
-    if error.status_code == 408 or error.status_code >= 500:
+    if _may_pass(error) and error.status_code != 429:
         code = ExitCode.UNREACHABLE
         message = f"{_Service.address} cannot serve this now ({error.status_code}): {message}"
     return Ending(code, message, error=fields)

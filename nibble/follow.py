@@ -149,9 +149,7 @@ class Follower:
         left_s = self._patience_s - (time.monotonic() - self._reached_at)
         if left_s <= 0:
             ending = ending_of(error) or unreachable(str(error))
-            again = (
-                f"The job goes on without us; watch it again with: nibble jobs watch {self._job_id}"
-            )
+            again = f"The job does not end with this command; watch it again with: nibble jobs watch {self._job_id}"
             raise Ending(ending.code, f"{ending.message} {again}", error=ending.error) from error
         if self._failures == 0:
             self._on_trouble("The connection was lost; trying again.")

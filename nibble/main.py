@@ -5,14 +5,17 @@
 
 import importlib
 import sys
-from typing import Any
+from importlib.metadata import version
+from typing import Annotated, Any
 
 import typer
 
 from nibble.commands import files, jobs, models
 from nibble.endings import ExitCode, abandon_stdout, guarded, refused
+from nibble.usage import Program
 
 app = typer.Typer(
+    cls=Program,
     help="Fine-tune models on your own machines.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -21,6 +24,25 @@ app = typer.Typer(
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nibble {version('nibble')}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_tell_version, is_eager=True, help="Say the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune models on your own machines."""
+
 
 _PASSED_ON: dict[str, Any] = {
     "context_settings": {"allow_extra_args": True, "ignore_unknown_options": True},

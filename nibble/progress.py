@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, Self
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -17,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from nibble import output
@@ -27,6 +29,8 @@ LINE_EVERY_S = 5.0
 SAMPLE_CHARACTERS = 300
 """So much is shown of a sample's question and of its answer."""
 
+_BAR_WIDTH = 24
+_TIME_WIDTH = 8
 _STYLES = {"warn": "yellow", "error": "red"}
 
 
@@ -38,7 +42,7 @@ def transfer(description: str) -> Generator[Callable[[int, int | None], None]]:
         return
     bar = Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=_BAR_WIDTH),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         console=output.people(),
@@ -130,8 +134,23 @@ class LineDisplay:
 
 
 class _Figures(ProgressColumn):
+    """As many of the last figures as the terminal has room for: a bar of several lines cannot be drawn over itself."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
+        self._console = console
+
     def render(self, task: Task) -> Text:
-        return Text("  ".join(task.fields.get("figures", ())), style="cyan")
+        """Draw those that fit beside the other columns, the first ones first."""
+        others = (
+            len(task.description) + _BAR_WIDTH + len(f" {task.total}/{task.total} ") + _TIME_WIDTH
+        )
+        shown = ""
+        for figure in task.fields.get("figures", ()):
+            longer = f"{shown}  {figure}" if shown else figure
+            if others + len(longer) < self._console.width:
+                shown = longer
+        return Text(shown, style="cyan")
 
 
 class BarDisplay:
@@ -140,9 +159,9 @@ class BarDisplay:
     def __init__(self) -> None:
         self._bar = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_BAR_WIDTH),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            _Figures(),
+            _Figures(output.people()),
             TimeRemainingColumn(compact=True),
             console=output.people(),
         )

@@ -3,13 +3,15 @@
 import io
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nibble import output
 from nibble.answers import expect
 from nibble.endings import refused
+from nibble.failures import is_passing
 from nibble.progress import transfer
 
 if TYPE_CHECKING:
@@ -60,6 +62,21 @@ def upload(client: "OpenAI", path: Path, *, purpose: str = "fine-tune") -> "File
     uploaded = expect(FileObject, answer)
     output.say(f"Uploaded {path.name} ({output.size(total)}) as {uploaded.id}.")
     return uploaded
+
+
+@contextmanager
+def taken_back(client: "OpenAI", file_ids: Sequence[str]) -> Generator[None]:
+    """Delete these files again if the service refuses what they were uploaded for: the next try uploads anew."""
+    import openai
+
+    try:
+        yield
+    except openai.APIStatusError as error:
+        if not is_passing(error):
+            for file_id in file_ids:
+                with suppress(openai.OpenAIError):
+                    client.files.delete(file_id)
+        raise
 
 
 class _Watched(io.BufferedIOBase):

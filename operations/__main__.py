@@ -5,11 +5,13 @@ from collections.abc import Sequence
 
 import typer
 
+from nibble.usage import Program
 from operations import keys
 from operations.demo.run import demo
 from operations.up import up
 
 app = typer.Typer(
+    cls=Program,
     help="Run Nibble on this machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -14,8 +14,19 @@ UNTRAINED = (PAD, TURN_START, TURN_END)
 """Special tokens that never occur in the pre-training text."""
 
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+{{ '<|im_start|>tools\\n' }}
+{%- for tool in tools -%}
+{{ (tool['function'] or tool) | tojson + '\\n' }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
+{%- endif -%}
 {%- for message in messages -%}
-{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{{ '<|im_start|>' + message['role'] + '\\n' + (message['content'] or '') }}
+{%- for call in message['tool_calls'] or [] -%}
+{{ '<tool_call>' + (call['function'] or call) | tojson + '</tool_call>' }}
+{%- endfor -%}
+{{ '<|im_end|>\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{ '<|im_start|>assistant\\n' }}

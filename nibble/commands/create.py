@@ -14,7 +14,7 @@ from nibble.connection import connect
 from nibble.download import check_target
 from nibble.endings import exit_code_of, guarded, refused
 from nibble.submission import Submission, hyperparameters, number_or_auto, pairs, submit
-from nibble.upload import check_local, is_file_id, upload
+from nibble.upload import check_local, is_file_id, taken_back, upload
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -153,7 +153,11 @@ def create(
                 metadata=labels,
                 sample_prompts=tuple(sample_prompt or ()),
             )
-            job = submit(client, submission)
+            uploaded = [
+                file_id for path, file_id in zip(local, ids, strict=True) if path and file_id
+            ]
+            with taken_back(client, uploaded):
+                job = submit(client, submission)
         except KeyboardInterrupt as interrupt:
             output.say("Interrupted before the job's id was known; look with: nibble jobs list")
             raise typer.Exit(exit_code_of(interrupt)) from None

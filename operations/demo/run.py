@@ -15,14 +15,15 @@ from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
 from nibble import output
+from nibble.commands.options import Json
 from nibble.download import check_target, download
 from nibble.endings import Ending, ExitCode, guarded, refused
 from nibble.follow import Follower
 from nibble.progress import display
-from nibble.unpack import Unpacked
 from nibble.upload import upload
 from operations.demo.docstrings import DemoFiles, DocstringSourceError, write_demo_files
-from operations.demo.outcome import Outcome, read_outcome
+from operations.demo.outcome import read_outcome
+from operations.demo.result import Result
 from operations.launch import LaunchError, Service
 from operations.stopping import Stopped, stop_on_signals
 from operations.up import say
@@ -44,10 +45,11 @@ def demo(
     examples: Annotated[
         int, typer.Option(min=10, help="Train on so many examples at most.")
     ] = 1600,
+    json: Json = False,
 ) -> None:
     """Fine-tune a small model on this Python's own documentation, and show what it learned.
 
-    Ends with 0 only if the job succeeded and the validation loss fell.
+    Ends with 0 only if the job succeeded and the validation loss fell. With --json the figures are one document on stdout.
     """
     began = time.monotonic()
     stop_on_signals()
@@ -57,14 +59,19 @@ def demo(
     say("Starting the service …")
     try:
         with Service(settings, say=say) as service:
-            improved = _walk_or_stop(service, files, model=model, epochs=epochs)
+            result = _walk_or_stop(service, files, model=model, epochs=epochs)
     except LaunchError as error:
         raise Ending(ExitCode.FAILED, str(error)) from error
     except Stopped as stopped:
         say("Stopped; nothing is left running.")
         raise typer.Exit(stopped.exit_code) from None
-    print(f"\nEverything is stopped again. The demo took {_minutes(time.monotonic() - began)}.")
-    if not improved:
+    took_s = time.monotonic() - began
+    if json:
+        output.print_json(result.as_dict() | {"took_s": round(took_s, 1)})
+    else:
+        print(result.as_text())
+    say(f"\nEverything is stopped again. The demo took {_minutes(took_s)}.")
+    if not result.outcome.improved:
         raise Ending(ExitCode.FAILED, "the validation loss did not fall")
 
 
@@ -101,7 +108,7 @@ def _write_files(settings: Settings, examples: int) -> DemoFiles:
     return files
 
 
-def _walk_or_stop(service: Service, files: DemoFiles, *, model: str, epochs: int) -> bool:
+def _walk_or_stop(service: Service, files: DemoFiles, *, model: str, epochs: int) -> Result:
     try:
         return _walk(service, files, model=model, epochs=epochs)
     except Stopped:
@@ -109,8 +116,8 @@ def _walk_or_stop(service: Service, files: DemoFiles, *, model: str, epochs: int
         raise
 
 
-def _walk(service: Service, files: DemoFiles, *, model: str, epochs: int) -> bool:
-    """Upload, create, follow, fetch, tell; return whether the validation loss fell."""
+def _walk(service: Service, files: DemoFiles, *, model: str, epochs: int) -> Result:
+    """Upload, create, follow, fetch."""
     key = service.settings.first_key_file.read_text().strip()
     with OpenAI(base_url=f"{service.url}/v1", api_key=key, timeout=60) as client:
         say(f"The service is ready at {service.url} (documentation: {service.url}/docs).")
@@ -125,8 +132,7 @@ def _walk(service: Service, files: DemoFiles, *, model: str, epochs: int) -> boo
         outcome = read_outcome(_events(client, job.id))
         folder = check_target(service.settings.data_dir / "adapters" / job.id)
         adapter = download(client, job.id, folder, patience_s=_PATIENCE_S)
-    _tell(outcome, job, folder, adapter, service.url)
-    return outcome.improved
+    return Result(outcome, job, folder, adapter, service.url)
 
 
 def _clear(client: OpenAI) -> None:
@@ -214,39 +220,6 @@ class _InBackground:
 def _events(client: OpenAI, job_id: str) -> list[dict[str, Any]]:
     newest_first = client.fine_tuning.jobs.list_events(job_id, limit=100)
     return [event.to_dict(mode="json") for event in newest_first][::-1]
-
-
-def _tell(
-    outcome: Outcome, job: FineTuningJob, folder: Path, adapter: list[Unpacked], url: str
-) -> None:
-    n = outcome.averaged_steps
-    weights = next(file for file in adapter if file.name == "adapter_model.safetensors")
-    print(f"\n{job.fine_tuned_model}: {outcome.steps} steps, {job.trained_tokens} trained tokens")
-    print(f"  {'loss':<28}{'start':>8}{'end':>9}")
-    print(
-        f"  {f'training (mean of {n} steps)':<28}"
-        f"{_loss(outcome.first_train_loss):>8}{_loss(outcome.last_train_loss):>9}"
-    )
-    print(
-        f"  {'validation (held-out modules)':<28}"
-        f"{_loss(outcome.first_valid_loss):>7}{_loss(outcome.last_valid_loss):>9}"
-    )
-    for answer in outcome.answers:
-        print(f"\n  question  {output.plain(answer.question)}")
-        print(f"  base      {_one_line(answer.base)}")
-        print(f"  adapter   {_one_line(answer.adapter)}")
-    print(f"\n  adapter   {folder}")
-    print(f"  weights   {weights.name}, {weights.bytes:,} bytes")
-    print(f"  sha256    {weights.sha256}")
-    print(f"  Swagger   {url}/docs (while the demo ran; `make serve` starts the service to stay)")
-
-
-def _loss(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:.4f}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(output.plain(text).split())
 
 
 def _minutes(seconds: float) -> str:

@@ -125,6 +125,23 @@ def test_the_chat_template_renders_turns_that_end_with_the_end_of_turn_token(
     assert ids.count(tokenizer.convert_tokens_to_ids("<|im_start|>")) == 3
 
 
+def test_the_chat_template_shows_tools_and_a_call_without_content(tokenizer: Any) -> None:
+    weather = {"name": "weather", "parameters": {}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+
+    text = tokenizer.apply_chat_template(
+        [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "sunny"}],
+        tools=[{"type": "function", "function": weather}],
+        tokenize=False,
+    )
+
+    assert text == (
+        '<|im_start|>tools\n{"name": "weather", "parameters": {}}\n<|im_end|>\n'
+        '<|im_start|>assistant\n<tool_call>{"name": "weather", "arguments": {"city": "Rome"}}</tool_call>'
+        "<|im_end|>\n<|im_start|>tool\nsunny<|im_end|>\n"
+    )
+
+
 def test_special_tokens_are_distinct_and_the_configs_agree_with_the_tokenizer(
     model: Any, tokenizer: Any
 ) -> None:

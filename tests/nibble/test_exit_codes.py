@@ -6,7 +6,9 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import openai
 import pytest
@@ -163,6 +165,18 @@ def test_2_a_wrong_key_is_named_by_its_source_and_never_shown(
     assert "sk-nibble-wrong" not in result.output
 
 
+def test_2_what_was_uploaded_for_a_job_that_is_refused_is_deleted_again(
+    nibble: Run, client: openai.OpenAI, training_file: Path
+) -> None:
+    before = {file.id for file in client.files.list()}
+
+    result = nibble("jobs", "create", training_file, "--model", MODEL, "--suffix", "a b/c" * 30)
+
+    assert result.exit_code == 2, result.output
+    assert "Uploaded" in result.stderr
+    assert {file.id for file in client.files.list()} == before
+
+
 REFUSED_BY_THE_SERVICE = {
     "an unknown model": (["create", "TRAIN", "--model", "gpt-9"], "gpt-9"),
     "an unknown file": (["create", "file-nowhere", "--model", MODEL], "file-nowhere"),
@@ -244,13 +258,15 @@ def test_4_giving_up_on_a_job_says_how_to_watch_it_again(
 class _Web(http.server.BaseHTTPRequestHandler):
     """Some other server: it answers everything with the same body."""
 
+    status = 200
+    headers_sent: ClassVar[dict[str, str]] = {}
     body = b""
-    content_type = ""
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("content-length") or 0))
-        self.send_response(200)
-        self.send_header("content-type", self.content_type)
+        self.send_response(self.status)
+        for name, value in self.headers_sent.items():
+            self.send_header(name, value)
         self.send_header("content-length", str(len(self.body)))
         self.end_headers()
         self.wfile.write(self.body)
@@ -259,6 +275,31 @@ class _Web(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  (the base class' name)
         pass
+
+
+@contextmanager
+def answering(status: int, headers: dict[str, str], body: bytes) -> Iterator[str]:
+    """Some other server's address while the block runs."""
+    handler = type("_", (_Web,), {"status": status, "headers_sent": headers, "body": body})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_2_what_a_service_says_not_to_try_again_is_refused_whatever_its_status(
+    nibble: Run, elsewhere: pytest.MonkeyPatch
+) -> None:
+    headers = {"x-should-retry": "false", "content-type": "application/json"}
+    with answering(507, headers, b'{"error": {"message": "The disk is full."}}') as url:
+        elsewhere.setenv("NIBBLE_BASE_URL", url)
+
+        result = nibble("jobs", "list")
+
+    assert result.exit_code == 2
+    assert sentence(result) == "Error: The disk is full."
 
 
 @pytest.fixture(
@@ -273,14 +314,9 @@ class _Web(http.server.BaseHTTPRequestHandler):
 )
 def web(request: pytest.FixtureRequest, elsewhere: pytest.MonkeyPatch) -> Iterator[None]:
     content_type, body = request.param
-    handler = type("_", (_Web,), {"body": body, "content_type": content_type})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        elsewhere.setenv("NIBBLE_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    with answering(200, {"content-type": content_type}, body) as url:
+        elsewhere.setenv("NIBBLE_BASE_URL", url)
         yield
-        server.shutdown()
-        thread.join()
 
 
 @pytest.mark.parametrize(

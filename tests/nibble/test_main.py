@@ -1,6 +1,8 @@
 """The program as a process: what it says of itself, and that no way of being cut short shows a traceback."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +54,36 @@ def test_a_reader_that_leaves_early_is_no_error_worth_a_word() -> None:
     assert result.returncode in (1, 2)
     assert "Traceback" not in result.stderr
     assert "Exception ignored" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["jobs", "create", "train.jsonl", "--json"], "'--model'"),
+        (
+            ["jobs", "create", "t.jsonl", "--model", "m", "--epochs", "x", "--json"],
+            "'x' is neither",
+        ),
+        (["jobs", "get", "", "--json"], "an id cannot be empty."),
+        (["jobs", "dance", "--json"], "No such command 'dance'"),
+        (["up", "--port", "many", "--json"], "unable to parse string as an integer"),
+        (["demo", "--epochs", "0", "--json"], "greater than or equal to 1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_a_sentence_and_with_json_also_a_document(
+    arguments: list[str], said: str
+) -> None:
+    result = run(*arguments)
+
+    assert result.returncode == 2
+    assert said in re.sub(r"[\s│]+", " ", result.stderr)
+    document = json.loads(result.stdout)
+    assert document["error"]["exit_code"] == 2
+    assert said in document["error"]["message"]
+
+
+def test_it_says_its_version() -> None:
+    result = run("--version")
+
+    assert re.fullmatch(r"nibble \d+\.\d+\.\d+\n", result.stdout)

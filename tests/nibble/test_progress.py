@@ -90,6 +90,25 @@ def test_a_message_is_shown_without_what_would_steer_the_terminal(
     assert capsys.readouterr().err == "[2Joh [bold]no[/]\n"
 
 
+@pytest.mark.parametrize("width", [64, 80, 100])
+def test_the_bar_stays_on_one_line_however_narrow_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=width)
+    monkeypatch.setattr(output, "people", lambda: terminal)
+
+    with BarDisplay() as display:
+        display.event(step_event(40, valid_loss=0.75))
+
+    lines = [line for line in Text.from_ansi(screen.getvalue()).plain.splitlines() if line.strip()]
+    last = lines[-1]
+    assert "40/100" in last
+    assert "loss 0.0375" in last
+    assert len(last.rstrip()) <= width
+    assert not any("tokens/s" in line and "40/100" not in line for line in lines)
+
+
 def test_the_bar_keeps_the_last_figures_of_both_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=140)

@@ -23,6 +23,7 @@ class Launcher:
         self._news = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "operations", "up", "--port", "0", *arguments],
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | env,
@@ -50,6 +51,11 @@ class Launcher:
         match = found()
         assert match, f"no {pattern!r} in:\n" + "\n".join(self.lines)
         return match
+
+    def printed(self) -> str:
+        """What it wrote on stdout, once it has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.read()
 
     def url(self) -> str:
         """The address it tells, once it is ready."""
@@ -84,8 +90,9 @@ class Launcher:
             self.process.kill()
         self.process.wait()
         self._reader.join()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`nibble up`, in processes of its own: it starts, keeps and stops everything, and leaves nothing behind."""
 
+import json
 import signal
 import socket
 import time
@@ -26,7 +27,7 @@ def test_it_serves_with_the_key_it_names_and_stops_everything_when_told(
 ) -> None:
     launcher = launch()
     url = launcher.url()
-    key_file = Path(launcher.wait_for(r"first API key +in (.+)$")[1])
+    key_file = Path(launcher.wait_for(r"first API key in +(.+)$")[1])
     family = launcher.family()
 
     models = _models(launcher, key_file)
@@ -42,6 +43,18 @@ def test_it_serves_with_the_key_it_names_and_stops_everything_when_told(
     assert alive == []
     pg_log = (tmp_path / "data" / "logs" / "postgres.log").read_text()
     assert pg_log.rstrip().endswith("database system is shut down"), "cleanly, by itself"
+
+
+def test_where_it_is_can_be_read_by_a_script(launch: Launch) -> None:
+    launcher = launch("--json")
+    url = launcher.url()
+    launcher.wait_for(r"Ctrl-C stops it")
+
+    launcher.end()
+
+    told = json.loads(launcher.printed())
+    assert told["base_url"] == f"{url}/v1"
+    assert Path(told["first_api_key_file"]).read_text().startswith("sk-nibble-")
 
 
 def test_a_second_one_on_the_same_folder_refuses_and_names_the_first(launch: Launch) -> None:

@@ -125,14 +125,17 @@ def test_another_model_of_the_catalog_is_trained_when_it_is_named(
     catalog = tmp_path / "models.toml"
     catalog.write_text('[models.random-llama]\npath = "weights"\n')
     asked = ("--model", "random-llama", "--examples", "64", "--epochs", "1")
-    demo = Demo(*asked, "--data-dir", str(tmp_path / "demo"), models_file=catalog)
+    demo = Demo(*asked, "--data-dir", str(tmp_path / "demo"), "--json", models_file=catalog)
     demos.append(demo)
 
     assert demo.end(timeout_s=180) == 0, demo.output
 
-    start, end = map(float, re.findall(r"validation \(.+?\) +([\d.]+) +([\d.]+)", demo.output)[0])
-    assert end < start
-    assert re.search(r"\nft:random-llama:\S+: 8 steps, \d+ trained tokens\n", demo.output)
+    told = json.loads(demo.output[demo.output.index("\n{\n") : demo.output.rindex("\n}\n") + 3])
+    assert told["last_valid_loss"] < told["first_valid_loss"]
+    assert told["steps"] == 8
+    assert told["job"]["fine_tuned_model"].startswith("ft:random-llama:")
+    weights = Path(told["adapter"]["folder"]) / told["adapter"]["weights"]
+    assert sha256(weights.read_bytes()).hexdigest() == told["adapter"]["sha256"]
     assert "tiny-llama" not in demo.output
 
 
