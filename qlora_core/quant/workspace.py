@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from qlora_core.quant.memory import empty
 from qlora_core.quant.weight import NF4Weight
 
 
@@ -51,7 +52,7 @@ def dense(weight: NF4Weight | Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     if buffer is None or buffer.numel() < n:
         # A buffer made in inference mode could not be written outside of it.
         with torch.inference_mode(mode=False):
-            buffer = torch.empty(n, dtype=dtype)
+            buffer = empty(n, dtype)
     try:
         yield weight.dequantize(dtype, out=buffer[:n])
     finally:

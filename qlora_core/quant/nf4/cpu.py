@@ -115,7 +115,12 @@ def dequantize_nf4_into(
             out[:whole].split(chunk),
             strict=True,
         )
-        share(list(parts), partial(_dequantize, offset=offset, block_size=block_size))
+        # A view of 8-byte pairs begins on an 8-byte boundary.
+        direct = (
+            out.dtype == torch.float32 and out.data_ptr() % 8 == 0 and out.storage_offset() % 2 == 0
+        )
+        work = partial(_dequantize, offset=offset, block_size=block_size, direct=direct)
+        share(list(parts), work)
     if whole < n:
         last = absmax[blocks:]
         if nested_absmax is not None and offset is not None:
@@ -130,6 +135,7 @@ def _dequantize(
     *,
     offset: Tensor | None,
     block_size: int,
+    direct: bool,
 ) -> None:
     """Fill the outs of whole blocks: (packed, absmax, nested_absmax, out) each, scales as columns."""
     table = _pair_table()
@@ -141,9 +147,10 @@ def _dequantize(
         scales = absmax
         if nested_absmax is not None and offset is not None:
             scales = room.scales.fill(absmax.view(-1), nested_absmax, offset)
-        torch.index_select(table, 0, room.index.copy_(packed), out=room.pairs)
-        if out.dtype == torch.float32:
-            torch.mul(room.blocks, scales, out=out.view(-1, block_size))
+        pairs = out.view(torch.int64) if direct else room.pairs
+        torch.index_select(table, 0, room.index.copy_(packed), out=pairs)
+        if direct:
+            out.view(-1, block_size).mul_(scales)
         else:
             room.blocks.mul_(scales)
             out.copy_(room.values)
