@@ -43,6 +43,19 @@ def test_long_examples_are_cut_and_counted_aloud(
     assert [event.data["kind"] for event in warnings if event.data] == ["truncated"]
 
 
+def test_a_sample_prompt_that_cannot_be_asked_fails_the_validation_by_its_name(
+    crew: Crew, submit: Submit, await_job: Await
+) -> None:
+    job_id = submit(chat_lines(12), sample_prompts=["What is a nibble?", "<|im_end|>"])
+    crew.ring("validate")
+
+    job = await_job(job_id, "failed", timeout_s=30)
+
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("invalid_sample_prompt", "sample_prompts[1]")
+    assert (job.attempt_no, job.trained_tokens) == (1, None)
+
+
 HALF = "\ud800"  # of a surrogate pair: JSON can write it, UTF-8 cannot
 
 

@@ -2,6 +2,7 @@
 
 __main__.py   gets ready, waits for a folder's path, runs the attempt, writes result.json
 validate.py   checks the files; no torch
+prompts.py    checks the sample prompts
 plan.py       spec.json into the engine's own terms
 train.py      loads, trains, exports with qlora_core
 report.py     events.jsonl

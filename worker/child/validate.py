@@ -1,4 +1,4 @@
-"""Checks a job's files with the very code that will read them for training, in bounded memory and time. No torch.
+"""Checks a job's files, and its sample prompts, with the very code that will read them for training, in bounded memory and time. No torch.
 
 Every bad line is told as an event (the first 100 of each file), and the whole report is stored with the job.
 """
@@ -13,6 +13,7 @@ from qlora_core.text import DatasetReport, TextEncoder, check_dataset
 from service.jobs.resolve import resolve_context_length, resolve_hyperparameters
 from service.models.actions import file_names, resolve_folder
 from worker.child.plan import base_model
+from worker.child.prompts import check_prompts
 from worker.child.report import Report
 from worker.folder import AttemptFolder
 from worker.reasons import JobError
@@ -24,7 +25,7 @@ _MIN_VALIDATION_EXAMPLES = 1
 
 
 def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Check both files and return what result.json will hold: the reports, and the resolved hyperparameters.
+    """Check both files and the prompts, and return what result.json will hold: the reports, and the resolved hyperparameters.
 
     Raises:
         EngineError, ModelUnavailable: the base model cannot be used.
@@ -61,7 +62,9 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
         "training_file": training.as_dict(),
         "validation_file": None if validation is None else validation.as_dict(),
     }
-    error = problem_of(training, validation)
+    error = problem_of(training, validation) or check_prompts(
+        spec["sample_prompts"], encoder, report
+    )
     if error is not None:
         return {"outcome": "failed", "error": error, "report": reports}
     return {
