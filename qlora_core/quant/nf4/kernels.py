@@ -48,7 +48,11 @@ def quantize_nf4_kernel(
     tl.store(words + word, joined.to(tl.uint32))
 
 
-@triton.jit(do_not_specialize=["n"])
+# The rest begins anywhere: one compiled form serves every alignment and size.
+@triton.jit(
+    do_not_specialize=["n"],
+    do_not_specialize_on_alignment=["values", "packed", "absmax", "bins"],
+)
 def quantize_nf4_rest_kernel(
     values,  # float16, bfloat16 or float32 [n], less than a tile
     packed,  # out: uint8 [ceil(n / 2)]
@@ -135,7 +139,18 @@ def dequantize_nf4_kernel(
     tl.store(out + first * BLOCK_SIZE + element, values)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(
+    do_not_specialize=["n"],
+    do_not_specialize_on_alignment=[
+        "packed",
+        "absmax",
+        "nested_absmax",
+        "offset",
+        "levels",
+        "dynamic_levels",
+        "out",
+    ],
+)
 def dequantize_nf4_rest_kernel(
     packed,  # uint8 [ceil(n / 2)]
     absmax,  # [ceil(n / BLOCK_SIZE)]; NESTED: uint8 codes, else float32

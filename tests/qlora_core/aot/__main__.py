@@ -26,7 +26,7 @@ def main() -> int:
 
 
 def _show(rows: list[Row]) -> None:
-    """Print one line per kernel, over all its configurations."""
+    """Print a line per kernel over all its configurations, and one for each way to train with it."""
     for kernel, n in Counter(row.kernel for row in rows).items():
         mine = [row for row in rows if row.kernel == kernel]
         registers = _range([row.registers for row in mine])
@@ -39,6 +39,12 @@ def _show(rows: list[Row]) -> None:
             f"  {kernel}: {n} configurations, {registers} registers, "
             f"{shared} bytes shared{per_element}\n"
         )
+    for row in rows:
+        if " bf16 block 64" in row.label and row.most_per_element is not None:
+            sys.stdout.write(
+                f"    {row.label}: {row.per_element:.1f} per element, {row.registers} registers, "
+                f"{row.global_accesses}\n"
+            )
 
 
 def _range(numbers: list[int]) -> str:

@@ -26,13 +26,11 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 def compile_one(entry: Entry, arch: int) -> Any:
     """Compile as the launcher would."""
     names = entry.kernel.arg_names
-    pointers = [name for name, kind in entry.types.items() if kind.startswith("*")]
-    aligned = pointers if entry.aligned else []
     source = ASTSource(
         fn=entry.kernel,
         signature={name: entry.types.get(name, "constexpr") for name in names},
         constexprs=entry.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in entry.aligned},
     )
     target = GPUTarget("cuda", arch, 32)
     return compile_kernel(source, target=target, options=entry.launch.options)

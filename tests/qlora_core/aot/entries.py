@@ -40,7 +40,7 @@ class Entry:
         constants: its `tl.constexpr` arguments.
         launch: how it is launched.
         everyday: whether `make test` compiles it, too.
-        aligned: whether its tensors begin at multiples of 16 bytes, as newly allocated ones do.
+        unaligned: tensors that do not begin at a multiple of 16 bytes, as newly allocated ones do.
         whole_weight: whether program ids reach as far as a weight does, so that they must be
             widened to 64 bits before anything is computed from them.
         fused: fused multiply-adds that the kernel itself asks for, per thread; None to count none.
@@ -54,11 +54,17 @@ class Entry:
     constants: dict[str, Any]
     launch: Launch
     everyday: bool
-    aligned: bool = True
+    unaligned: tuple[str, ...] = ()
     whole_weight: bool = True
     fused: int | None = 0
     needs: tuple[str, ...] = ()
     most_per_element: float | None = None
+
+    @property
+    def aligned(self) -> list[str]:
+        """The tensors that begin at a multiple of 16 bytes."""
+        pointers = [name for name, kind in self.types.items() if kind.startswith("*")]
+        return [name for name in pointers if name not in self.unaligned]
 
 
 def elements_per_thread(launch: Launch) -> int:
@@ -67,27 +73,29 @@ def elements_per_thread(launch: Launch) -> int:
 
 
 def quantize_nf4() -> Iterator[Entry]:
-    """Whole tiles; the last entry is for a slice of a tensor, which may begin anywhere."""
+    """Whole tiles; the last entry is for a slice of values, which may begin anywhere."""
     for dtype, block_size in product(FLOATS, BLOCK_SIZES):
         yield _quantize_nf4(QUANTIZE_NF4, dtype, block_size)
     for launch, block_size in product(QUANTIZE_NF4_CANDIDATES, BENCHED):
         if launch != QUANTIZE_NF4:
             yield _quantize_nf4(launch, "bf16", block_size)
-    yield _quantize_nf4(QUANTIZE_NF4, "bf16", 64, aligned=False)
+    yield _quantize_nf4(QUANTIZE_NF4, "bf16", 64, unaligned=("values",))
 
 
-def _quantize_nf4(launch: Launch, dtype: str, block_size: int, *, aligned: bool = True) -> Entry:
+def _quantize_nf4(
+    launch: Launch, dtype: str, block_size: int, *, unaligned: tuple[str, ...] = ()
+) -> Entry:
     return Entry(
-        label=f"quantize_nf4 {dtype} block {block_size}{_told(launch, aligned=aligned)}",
+        label=f"quantize_nf4 {dtype} block {block_size}{_told(launch, unaligned)}",
         kernel=nf4.quantize_nf4_kernel,
         types={"values": f"*{dtype}", "packed": "*u8", "absmax": "*fp32", "bins": "*i64"},
         constants={"BLOCK_SIZE": block_size, "BLOCKS": launch.tile // block_size},
         launch=launch,
         everyday=launch == QUANTIZE_NF4 and block_size in EVERYDAY,
-        aligned=aligned,
+        unaligned=unaligned,
         fused=elements_per_thread(launch),
-        needs=(r"LDG\.E\.128", r"STG\.E\.(64|128)") if aligned else (),
-        most_per_element=30 if aligned else None,
+        needs=() if unaligned else (r"LDG\.E\.128", r"STG\.E\.(64|128)"),
+        most_per_element=None if unaligned else 30,
     )
 
 
@@ -107,26 +115,31 @@ def quantize_nf4_rest() -> Iterator[Entry]:
             constants={"BLOCK_SIZE": block_size},
             launch=Launch(tile=block_size, num_warps=NF4_REST.num_warps),
             everyday=dtype == "bf16" and block_size in (32, 4096),
-            aligned=False,
+            unaligned=("values", "packed", "absmax", "bins"),
             whole_weight=False,
             fused=None,
         )
 
 
 def dequantize_nf4() -> Iterator[Entry]:
-    """Whole tiles, plain and doubly quantized; the last entry is for slices of tensors."""
+    """Whole tiles, plain and doubly quantized; the last entry is for slices of codes and output."""
     for dtype, block_size, nested in product(FLOATS, BLOCK_SIZES, (True, False)):
         yield _dequantize_nf4(DEQUANTIZE_NF4, dtype, block_size, nested=nested)
     for launch, block_size in product(DEQUANTIZE_NF4_CANDIDATES, BENCHED):
         if launch != DEQUANTIZE_NF4:
             yield _dequantize_nf4(launch, "bf16", block_size, nested=True)
-    yield _dequantize_nf4(DEQUANTIZE_NF4, "bf16", 64, nested=True, aligned=False)
+    yield _dequantize_nf4(DEQUANTIZE_NF4, "bf16", 64, nested=True, unaligned=("packed", "out"))
 
 
 def _dequantize_nf4(
-    launch: Launch, dtype: str, block_size: int, *, nested: bool, aligned: bool = True
+    launch: Launch,
+    dtype: str,
+    block_size: int,
+    *,
+    nested: bool,
+    unaligned: tuple[str, ...] = (),
 ) -> Entry:
-    told = _told(launch, aligned=aligned)
+    told = _told(launch, unaligned)
     trained_with = nested and (dtype, block_size) == ("bf16", 64)
     return Entry(
         label=f"dequantize_nf4 {dtype} block {block_size}{' nested' if nested else ''}{told}",
@@ -140,23 +153,24 @@ def _dequantize_nf4(
         },
         launch=launch,
         everyday=trained_with or (launch == DEQUANTIZE_NF4 and nested and block_size in EVERYDAY),
-        aligned=aligned,
-        needs=(r"LDG\.E\.128", r"STG\.E\.128") if aligned else (),
-        most_per_element=12 if aligned else None,
+        unaligned=unaligned,
+        needs=() if unaligned else (r"LDG\.E\.128", r"STG\.E\.128"),
+        most_per_element=None if unaligned else 12,
     )
 
 
 def dequantize_nf4_rest() -> Iterator[Entry]:
     """What is left after whole tiles; it may begin anywhere."""
     for dtype, block_size, nested in product(FLOATS, BLOCK_SIZES, (True, False)):
+        types = _types_of_dequantize(dtype, nested=nested)
         yield Entry(
             label=f"dequantize_nf4_rest {dtype} block {block_size}{' nested' if nested else ''}",
             kernel=nf4.dequantize_nf4_rest_kernel,
-            types=_types_of_dequantize(dtype, nested=nested) | {"n": "i32"},
+            types=types | {"n": "i32"},
             constants={"BLOCK_SIZE": block_size, "NESTED": nested},
             launch=Launch(tile=block_size, num_warps=NF4_REST.num_warps),
             everyday=nested and dtype == "bf16" and block_size in (32, 4096),
-            aligned=False,
+            unaligned=tuple(types),
             whole_weight=False,
         )
 
@@ -192,9 +206,9 @@ def quantize_absmax() -> Iterator[Entry]:
     )
 
 
-def _told(launch: Launch, *, aligned: bool) -> str:
+def _told(launch: Launch, unaligned: tuple[str, ...]) -> str:
     lookup = "" if launch.gather else " through L1"
-    slices = "" if aligned else ", slices"
+    slices = f", {' and '.join(unaligned)} anywhere" if unaligned else ""
     return f", tile {launch.tile} of {launch.num_warps} warps{lookup}{slices}"
 
 

@@ -105,23 +105,35 @@ def compile_rows(
     Raises:
         RuntimeError: something does not compile; the message holds the compiler's words.
     """
-    script = Path(__file__).parent / "compiling.py"
     with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
-        environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
-        paths = [str(OTHER_TRITON)] * other_triton + [str(ROOT)]
-        environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(paths)}
 
         def compile_share(share: int) -> list[Row]:
             words = [which, str(share), str(processes), *map(str, archs)]
-            done = subprocess.run(
-                [sys.executable, str(script), *words],
-                env=environment,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode:
-                raise RuntimeError(f"a kernel does not compile: {done.stderr}")
-            return [Row(**json.loads(line)) for line in done.stdout.splitlines()]
+            told = _run("compiling.py", *words, cache=cache, other_triton=other_triton)
+            return [Row(**json.loads(line)) for line in told.splitlines()]
 
         return [row for rows in pool.map(compile_share, range(processes)) for row in rows]
+
+
+def launches(*, other_triton: bool = False) -> tuple[list[str], list[str]]:
+    """Give what the engine's launches ask Triton to compile, and what of it the manifest has not."""
+    with tempfile.TemporaryDirectory() as cache:
+        told = json.loads(_run("asking.py", cache=cache, other_triton=other_triton))
+    return told["asked"], told["missing"]
+
+
+def _run(script: str, *words: str, cache: str, other_triton: bool) -> str:
+    """Give the output of one of this folder's scripts, in a process that compiles."""
+    environment = {name: os.environ[name] for name in os.environ if name != "TRITON_INTERPRET"}
+    paths = [str(OTHER_TRITON)] * other_triton + [str(ROOT)]
+    environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parent / script), *words],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(words)} failed: {done.stderr}")
+    return done.stdout

@@ -12,6 +12,7 @@ from tests.qlora_core.aot.gate import (
     Row,
     compile_rows,
     complaints,
+    launches,
 )
 
 needs_other_triton = pytest.mark.skipif(
@@ -26,6 +27,16 @@ def test_the_everyday_kernels_are_as_they_should_be(arch: int) -> None:
     assert {row.arch for row in rows} == {arch}
     assert [complaint for row in rows for complaint in complaints(row)] == []
     assert {row.kernel for row in rows} == kernels_in_the_tree()
+
+
+@pytest.mark.parametrize(
+    "other_triton", [False, pytest.param(True, marks=needs_other_triton)], ids=["own", "other"]
+)
+def test_the_gate_compiles_what_the_engine_launches(other_triton: bool) -> None:
+    asked, missing = launches(other_triton=other_triton)
+
+    assert {words.split()[0] for words in asked} == kernels_in_the_tree()
+    assert missing == []
 
 
 @needs_other_triton
