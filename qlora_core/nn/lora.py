@@ -7,6 +7,7 @@ again from its seed, so neither costs memory in between.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,9 +15,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from qlora_core.nn.config import scaling_of
+from qlora_core.nn.masters import apply_but_keep_float32
 from qlora_core.nn.nf4_linear import NF4Linear, NoDenseWeight, product_dtype
 from qlora_core.quant import NF4Weight
 from qlora_core.quant.workspace import dense
+
+# transformers' own layers that multiply by a matrix and do nothing else, by module and class; importing them here would
+# load transformers with every layer.
+_CONV1D = ("transformers.pytorch_utils", "Conv1D")
+_FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
 
 
 class LoraLinearFn(torch.autograd.Function):
@@ -92,11 +100,15 @@ def _drop(values: Tensor, dropout: float, seed: int | None) -> Tensor:
 class LoraLinear(nn.Module):
     """A frozen linear layer with a trainable low-rank update beside it.
 
+    A and B stay in float32 when the model is cast to another dtype.
+
     Attributes:
-        base: the frozen layer.
+        base: the frozen layer: `NF4Linear`, `torch.nn.Linear`, or one of transformers' that does the same
+            (`targets.is_adaptable`).
         lora_A: float32 [r, in_features].
         lora_B: float32 [out_features, r].
-        scaling: alpha / r.
+        alpha: scale of the update before division by r, or by its root.
+        use_rslora: whether the division is by the root.
         enabled: False while the base model alone should answer (`lora_disabled`).
 
     Source: LoRA, arXiv:2106.09685, section 4.1; dropout as in PEFT, on the input of A.
@@ -104,30 +116,37 @@ class LoraLinear(nn.Module):
 
     def __init__(
         self,
-        base: NF4Linear | nn.Linear,
+        base: nn.Module,
         lora_A: Tensor,  # noqa: N803 - the field's name
         lora_B: Tensor,  # noqa: N803
         *,
-        scaling: float,
+        alpha: float,
         dropout: float,
+        use_rslora: bool = False,
     ) -> None:
         super().__init__()
         self.base = base
         self.lora_A = nn.Parameter(lora_A)
         self.lora_B = nn.Parameter(lora_B)
-        self.scaling = scaling
+        self.alpha = alpha
+        self.use_rslora = use_rslora
         self.dropout = dropout
         self.enabled = True
 
     @property
+    def scaling(self) -> float:
+        """The factor on the update."""
+        return scaling_of(self.r, self.alpha, use_rslora=self.use_rslora)
+
+    @property
     def in_features(self) -> int:
         """Width of the input."""
-        return self.base.in_features
+        return self.lora_A.shape[1]
 
     @property
     def out_features(self) -> int:
         """Width of the output."""
-        return self.base.out_features
+        return self.lora_B.shape[0]
 
     @property
     def r(self) -> int:
@@ -144,15 +163,18 @@ class LoraLinear(nn.Module):
         """Map x [..., in_features] to [..., out_features], in the dtype of x."""
         if not self.enabled:
             return self.base(x)
-        weight = self.base.nf4 if isinstance(self.base, NF4Linear) else self.base.weight.detach()
-        compute_dtype = (
-            self.base.compute_dtype if isinstance(self.base, NF4Linear) else self.base.weight.dtype
-        )
+        base: Any = self.base
+        if isinstance(base, NF4Linear):
+            weight, compute_dtype = base.nf4, base.compute_dtype
+        else:
+            # GPT-2's linear layer keeps the transpose.
+            weight = base.weight.detach().T if is_conv1d(base) else base.weight.detach()
+            compute_dtype = weight.dtype
         y = LoraLinearFn.apply(
             x.reshape(-1, self.in_features),
             self.lora_A,
             self.lora_B,
-            self.base.bias,
+            base.bias,
             weight,
             self.scaling,
             self.dropout if self.training else 0.0,
@@ -162,4 +184,33 @@ class LoraLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Say the adapter's size."""
-        return f"r={self.r}, scaling={self.scaling}, dropout={self.dropout}"
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoraLinear:
+        """Move everything where ``fn`` moves things, but never cast A and B."""
+        apply_but_keep_float32(self, lambda: super(LoraLinear, self)._apply(fn, recurse))
+        return self
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether the module computes ``x W^T + bias`` and nothing else, so that an update can be added beside it."""
+    if isinstance(module, NF4Linear) or type(module) is nn.Linear:
+        return True
+    return _kind(module) in (_CONV1D, _FALCON)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Give (out_features, in_features) of a layer that can take an adapter."""
+    if isinstance(module, NF4Linear):
+        return module.out_features, module.in_features
+    rows, columns = module.get_parameter("weight").shape
+    return (columns, rows) if is_conv1d(module) else (rows, columns)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether the module is GPT-2's linear layer, which keeps its weight as [in_features, out_features]."""
+    return _kind(module) == _CONV1D
+
+
+def _kind(module: nn.Module) -> tuple[str, str]:
+    return type(module).__module__, type(module).__name__

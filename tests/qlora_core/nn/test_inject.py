@@ -1,7 +1,7 @@
-"""LoRA put into whole models: which layers, how A and B start, and that training and answering work."""
+"""LoRA put into whole models: how A and B start, what is trainable, and the base model's own answers."""
 
 import copy
-import warnings
+import logging
 from pathlib import Path
 
 import pytest
@@ -9,15 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_core import (
-    ConfigError,
-    LoraConfig,
-    LoraTargetError,
-    NF4Linear,
-    add_lora,
-    load_model,
-    lora_disabled,
-)
+from qlora_core import ConfigError, LoraConfig, NF4Linear, add_lora, load_model, lora_disabled
 from qlora_core.nn import LoraLinear, lora_modules
 from tests.tiny_models import save_tiny_llama
 
@@ -50,32 +42,6 @@ def test_all_linear_means_every_linear_layer_but_the_head(model: PreTrainedModel
     assert sorted(paths) == sorted(expected)
     assert list(lora_modules(model)) == paths
     assert isinstance(model.get_output_embeddings(), nn.Linear)
-
-
-@pytest.mark.parametrize(
-    ("targets", "expected"),
-    [
-        (("q_proj",), ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]),
-        (("mlp.up_proj",), ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]),
-        (("model.layers.1.self_attn.v_proj",), ["model.layers.1.self_attn.v_proj"]),
-    ],
-    ids=["short name", "end of a path", "whole path"],
-)
-def test_targets_are_short_names_or_ends_of_paths(
-    model: PreTrainedModel, targets: tuple[str, ...], expected: list[str]
-) -> None:
-    assert add_lora(model, LoraConfig(r=2, target_modules=targets)) == expected
-
-
-@pytest.mark.parametrize("target", ["query", "proj", "self_attn", "lm_head", "embed_tokens", ""])
-def test_a_target_that_is_no_linear_layer_is_refused_by_name(
-    model: PreTrainedModel, target: str
-) -> None:
-    with pytest.raises(LoraTargetError, match=f"under the name {target}; it has .*q_proj") as told:
-        add_lora(model, LoraConfig(target_modules=("q_proj", target)))
-
-    assert told.value.code == "invalid_lora_target_modules"
-    assert not lora_modules(model)
 
 
 def test_only_the_adapters_are_trainable(model: PreTrainedModel) -> None:
@@ -166,42 +132,6 @@ def test_disabling_gives_the_base_models_answers_and_enabling_the_adapters_again
     assert torch.equal(model(ids).logits, adapted)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("quantize", [True, False], ids=["nf4", "dense"])
-def test_training_lowers_the_loss(
-    folder: Path, ids: torch.Tensor, quantize: bool, checkpointing: bool
-) -> None:
-    model = load_model(folder, device="cpu", compute_dtype=torch.float32, quantize=quantize)
-    add_lora(model, LoraConfig(r=4, dropout=0.1))
-    model.train()
-    if checkpointing:
-        with warnings.catch_warnings():
-            # transformers 5.23 has another name for it, which 5.17 does not know.
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    losses: list[float] = []
-
-    for _ in range(4):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-
-    assert losses[-1] < losses[0] - 0.05
-
-
-def test_generating_works_with_adapters(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    add_lora(model, LoraConfig(r=4))
-
-    answer = model.generate(  # pyright: ignore[reportCallIssue] - transformers types it so
-        ids[:1, :5], max_new_tokens=3, min_new_tokens=3, do_sample=False
-    )
-
-    assert answer.shape == (1, 8)
-
-
 def test_an_adapter_shows_the_sizes_of_the_layer_under_it(model: PreTrainedModel) -> None:
     add_lora(model, LoraConfig(r=4, alpha=6))
 
@@ -213,25 +143,44 @@ def test_an_adapter_shows_the_sizes_of_the_layer_under_it(model: PreTrainedModel
     assert adapter.scaling == 1.5
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"r": 0}, "r must be at least 1, not 0"),
-        ({"alpha": 0}, "alpha must be above 0, not 0"),
-        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), not 1.0"),
-        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), not -0.1"),
-        ({"target_modules": ()}, "target_modules must be"),
-        ({"target_modules": "q_proj"}, "not 'q_proj'"),
-    ],
-    ids=str,
-)
-def test_a_config_out_of_its_bounds_is_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        LoraConfig(**settings)  # pyright: ignore[reportArgumentType]
+def test_patterns_give_single_layers_other_ranks_and_scales(model: PreTrainedModel) -> None:
+    config = LoraConfig(
+        r=4,
+        alpha=8,
+        rank_pattern={r"layers\.1\.mlp\..*_proj": 2, "q_proj": 3},
+        alpha_pattern={"layers.0.self_attn.q_proj": 30},
+    )
+
+    add_lora(model, config)
+
+    sizes = {path: (one.r, one.scaling) for path, one in lora_modules(model).items()}
+    assert sizes["model.layers.0.self_attn.q_proj"] == (3, 10)
+    assert sizes["model.layers.1.self_attn.q_proj"] == (3, 8 / 3)
+    assert sizes["model.layers.0.mlp.up_proj"] == (4, 2)
+    assert sizes["model.layers.1.mlp.up_proj"] == (2, 4)
 
 
-def test_a_list_of_targets_becomes_a_tuple() -> None:
-    config = LoraConfig(target_modules=["q_proj"])  # pyright: ignore[reportArgumentType]
+def test_rslora_divides_by_the_root_of_each_layers_rank(model: PreTrainedModel) -> None:
+    add_lora(model, LoraConfig(r=16, alpha=8, use_rslora=True, rank_pattern={"q_proj": 4}))
 
-    assert config.target_modules == ("q_proj",)
-    assert hash(config) == hash(LoraConfig(target_modules=("q_proj",)))
+    scalings = {path: one.scaling for path, one in lora_modules(model).items()}
+    assert scalings["model.layers.0.self_attn.k_proj"] == 2
+    assert scalings["model.layers.0.self_attn.q_proj"] == 4
+
+
+def test_what_all_linear_leaves_out_is_told(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.zeros(4, 8, 6))
+
+    for layer in (0, 1):
+        model.get_submodule(f"model.layers.{layer}.mlp").add_module("experts", Experts())
+
+    with caplog.at_level(logging.WARNING, "qlora_core"):
+        add_lora(model, LoraConfig(r=4))
+
+    (told,) = caplog.messages
+    assert told == "all-linear leaves out 2 x model.layers.*.mlp.experts.gate_up_proj [4, 8, 6]"

@@ -38,7 +38,7 @@ def lora(
             base.bias.copy_(bias_values)
     lora_a = torch.randn(r, in_features, generator=generator)
     lora_b = torch.randn(out_features, r, generator=generator)
-    return LoraLinear(base, lora_a, lora_b, scaling=1.5, dropout=dropout), weight, bias_values
+    return LoraLinear(base, lora_a, lora_b, alpha=1.5 * r, dropout=dropout), weight, bias_values
 
 
 def inputs(*shape: int) -> Tensor:

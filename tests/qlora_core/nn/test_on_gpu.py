@@ -16,7 +16,7 @@ def adapter(device: str, *, dropout: float = 0.0) -> LoraLinear:
     a = torch.randn(8, 256, generator=generator) / 16
     b = torch.randn(192, 8, generator=generator)
     base = NF4Linear(weight, compute_dtype=torch.bfloat16)
-    return LoraLinear(base, a.to(device), b.to(device), scaling=2.0, dropout=dropout)
+    return LoraLinear(base, a.to(device), b.to(device), alpha=16, dropout=dropout)
 
 
 def step(layer: LoraLinear, x: Tensor) -> tuple[Tensor, ...]:
