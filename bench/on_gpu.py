@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--again", action="store_true", help="run groups that have a result, too")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=9, help="begin no group after so many")
+    parser.add_argument("--minutes", type=float, default=8, help="begin no group after so many")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder for results")
     parser.add_argument("--commit", help="of this code, where git cannot tell")
     return parser.parse_args()

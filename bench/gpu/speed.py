@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
-
 import torch
 
 from bench.gpu import rivals
 from bench.gpu.groups import Group, Rows
-from bench.gpu.measuring import Action, Timing, time_all
+from bench.gpu.measuring import Action, time_all
 from qlora_core import NF4Weight, quantize_nf4
 from qlora_core.quant.launches import (
     DEQUANTIZE_NF4,
@@ -59,7 +57,8 @@ def _dequantize(shape: tuple[int, int], block_size: int, device: str) -> Rows:
             actions["bitsandbytes plain, its kernel"] = partial(
                 rivals.dequantize_raw, plain.packed, plain.absmax, out, block_size=block_size
             )
-    return _rows(actions, moved["nested"], moved["plain"], device)
+    rival = "bitsandbytes plain, its kernel"
+    return _rows(actions, moved["nested"], moved["plain"], device, rival=rival)
 
 
 def _launch(weight: NF4Weight, out: torch.Tensor, candidate: Launch) -> None:
@@ -93,30 +92,32 @@ def _quantize(shape: tuple[int, int], block_size: int, device: str) -> Rows:
             actions[f"bitsandbytes {kind}, public call"] = partial(
                 rivals.quantize, values, block_size=block_size, double_quant=double_quant
             )
-    return _rows(actions, moved, moved, device)
+    return _rows(actions, moved, moved, device, rival="bitsandbytes plain, public call")
 
 
-def _rows(actions: dict[str, Action], nested_bytes: int, plain_bytes: int, device: str) -> Rows:
+def _rows(
+    actions: dict[str, Action], nested_bytes: int, plain_bytes: int, device: str, *, rival: str
+) -> Rows:
     """Time everything together with a copy of the same bytes; half are read, half written."""
     source = torch.empty(nested_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timings = time_all(actions | {"copy": partial(target.copy_, source)}, device)
     copy_bytes_per_ms = 2 * source.numel() / timings["copy"].ms
-    return [
-        _row(name, timing, plain_bytes if " plain" in name else nested_bytes, copy_bytes_per_ms)
-        for name, timing in timings.items()
-    ]
-
-
-def _row(name: str, timing: Timing, moved: int, copy_bytes_per_ms: float) -> dict[str, Any]:
-    return {
-        "what": name,
-        "ms": timing.ms,
-        "low_ms": timing.low_ms,
-        "high_ms": timing.high_ms,
-        "gb_per_s": moved / timing.ms / 1e6,
-        "share_of_copy": moved / timing.ms / copy_bytes_per_ms,
-    }
+    rows: Rows = []
+    for name, timing in timings.items():
+        moved = plain_bytes if " plain" in name else nested_bytes
+        row = {
+            "what": name,
+            "ms": timing.ms,
+            "low_ms": timing.low_ms,
+            "high_ms": timing.high_ms,
+            "gb_per_s": moved / timing.ms / 1e6,
+            "share_of_copy": moved / timing.ms / copy_bytes_per_ms,
+        }
+        if rival in timings:
+            row[f"times {rival}"] = timings[rival].ms / timing.ms
+        rows.append(row)
+    return rows
 
 
 def _told(candidate: Launch) -> str:
