@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         ShapeError,
     )
     from qlora_core.export import load_adapter, save_adapter
-    from qlora_core.models import load_model
+    from qlora_core.models import load_model, save_quantized
     from qlora_core.nn import LoraConfig, NF4Linear, add_lora, lora_disabled
     from qlora_core.quant import NF4Weight, quantize_nf4
     from qlora_core.text import (
@@ -58,7 +58,7 @@ _HOMES = {
     ),
     "qlora_core.quant": ("NF4Weight", "quantize_nf4"),
     "qlora_core.nn": ("LoraConfig", "NF4Linear", "add_lora", "lora_disabled"),
-    "qlora_core.models": ("load_model",),
+    "qlora_core.models": ("load_model", "save_quantized"),
     "qlora_core.text": (
         "DatasetProblem",
         "DatasetReport",
@@ -106,6 +106,7 @@ __all__ = [
     "lora_disabled",
     "quantize_nf4",
     "save_adapter",
+    "save_quantized",
     "train",
 ]
 
