@@ -7,7 +7,7 @@ found here changes only numbers that the format stores anyway, so every reader o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import torch
@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from qlora_core.quant.codebook import (
     NESTED_BLOCK_SIZE,
-    NF4_THRESHOLDS,
     dynamic_thresholds,
     nf4_levels,
     nf4_thresholds,
@@ -24,6 +23,7 @@ from qlora_core.quant.codebook import (
 from qlora_core.quant.double_quant.ops import dequantize_absmax
 from qlora_core.quant.nf4.ops import dequantize_nf4
 from qlora_core.quant.nf4.reference import reciprocal
+from qlora_core.quant.threads import share
 
 # Trial scales, as shares of the block's largest absolute value, evenly spaced in their logarithm.
 # Blocks of 4096 normally distributed values go down to 0.55, blocks of 32 up to 1.5.
@@ -31,9 +31,11 @@ _TRIALS = 32
 _LOWEST, _HIGHEST = 0.5, 1.5
 # Into how many bins [-1, 1] is divided for the trials. Finer ones find the same scales.
 _BINS = 2048
+# And into how many, and 1 for itself, to find codes.
+_CODE_BINS = 32
 # Elements at a time: what stays in the caches of a CPU; on a GPU enough to hide the launches. About
 # 30 bytes of scratch memory for each.
-_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**22
+_CPU_CHUNK, _GPU_CHUNK = 2**16, 2**22
 _TWO_ZEROS = 0x77
 
 
@@ -65,10 +67,10 @@ def improve_scales(
         New packed and absmax, of the same kind as the old.
     """
     flat = values.detach().reshape(-1)
-    wanted = torch.cat([_best_scales(blocks) for _, blocks in _chunks(flat, block_size)])
+    wanted = torch.empty(absmax.shape, dtype=torch.float32, device=flat.device)
+    _in_chunks(flat, block_size, lambda place, blocks: _find_scales(blocks, wanted[place]))
     if nested_absmax is None or offset is None:
-        choices = scales = wanted
-        old_scales = absmax
+        choices, scales, old_scales = wanted, wanted, absmax
     else:
         choices = _nearest_codes(wanted, nested_absmax, offset)
         scales = dequantize_absmax(choices, nested_absmax, offset)
@@ -78,32 +80,44 @@ def improve_scales(
     missing = absmax.numel() * half - packed.numel()
     codes = functional.pad(packed, (0, missing), value=_TWO_ZEROS).view(-1, half)
     better = torch.empty_like(absmax, dtype=torch.bool)
-    for place, blocks in _chunks(flat, block_size):
+
+    def choose(place: slice, blocks: Tensor) -> None:
         new_codes = _encode(blocks, scales[place])
         new_error = _squared_error(blocks, new_codes, scales[place])
         old_error = _squared_error(blocks, codes[place], old_scales[place])
         # A comparison with NaN, from a scale beyond the largest float32, is false as well.
         better[place] = (new_error < old_error) & (scales[place] > 0)
         codes[place] = torch.where(better[place, None], new_codes, codes[place])
+
+    _in_chunks(flat, block_size, choose)
     return codes.view(-1)[: packed.numel()].contiguous(), torch.where(better, choices, absmax)
 
 
-def _chunks(flat: Tensor, block_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield where some blocks are and their values, float32 [blocks, block_size].
+def _in_chunks(flat: Tensor, block_size: int, work: Callable[[slice, Tensor], None]) -> None:
+    """Do the work on all blocks, some at a time: where they are, and float32 [blocks, block_size].
 
     A short last block is filled up with zeros: they have no error, and move no scale.
     """
-    step = (_CPU_CHUNK if flat.device.type == "cpu" else _GPU_CHUNK) // block_size
+    on_cpu = flat.device.type == "cpu"
+    step = (_CPU_CHUNK if on_cpu else _GPU_CHUNK) // block_size
     n_blocks = -(-flat.numel() // block_size)
-    for start in range(0, n_blocks, step):
-        stop = min(start + step, n_blocks)
-        part = flat[start * block_size : stop * block_size].float()
-        missing = (stop - start) * block_size - part.numel()
-        yield slice(start, stop), functional.pad(part, (0, missing)).view(-1, block_size)
+
+    def work_on(starts: Iterator[int]) -> None:
+        for start in starts:
+            stop = min(start + step, n_blocks)
+            part = flat[start * block_size : stop * block_size].float()
+            missing = (stop - start) * block_size - part.numel()
+            work(slice(start, stop), functional.pad(part, (0, missing)).view(-1, block_size))
+
+    starts = range(0, n_blocks, step)
+    if on_cpu:
+        share(starts, work_on)
+    else:
+        work_on(iter(starts))
 
 
-def _best_scales(blocks: Tensor) -> Tensor:
-    """Give the best scale that the trials lead to, for values [blocks, block_size]: float32 [blocks].
+def _find_scales(blocks: Tensor, out: Tensor) -> None:
+    """Write the best scales that the trials lead to: values [blocks, block_size] -> float32 [blocks].
 
     A trial scale gives each value x of a block a level q. The scale that fits those levels best is
     A / B, with A = sum(x q) and B = sum(q q), and it leaves the error sum(x x) - A A / B. So the
@@ -118,7 +132,8 @@ def _best_scales(blocks: Tensor) -> Tensor:
     # Below the square of any level but zero: only keeps a block of zeros from dividing by zero.
     squares = squares.clamp(min=1e-3)
     best = (products.square() / squares).argmax(dim=1, keepdim=True)
-    return largest * (products.gather(1, best) / squares.gather(1, best)).view(-1)
+    fits = products.gather(1, best) / squares.gather(1, best)
+    torch.mul(largest, fits.view(-1), out=out)
 
 
 @cache
@@ -140,12 +155,33 @@ def _nearest_codes(scales: Tensor, nested_absmax: Tensor, offset: Tensor) -> Ten
 
 def _encode(blocks: Tensor, scales: Tensor) -> Tensor:
     """Give the nearest codes under ``scales``, packed: [blocks, block_size] -> uint8 [blocks, half]."""
-    scaled = blocks * reciprocal(scales)[:, None]
-    codes = (scaled > NF4_THRESHOLDS[0]).to(torch.uint8)
-    for threshold in NF4_THRESHOLDS[1:]:
-        codes += scaled > threshold
+    scaled = (blocks * reciprocal(scales)[:, None]).clamp_(-1, 1).view(-1)
+    code_of_bin, threshold_of_bin = _code_bins(blocks.device)
+    bins = _code_bin_of(scaled)
+    codes = code_of_bin.index_select(0, bins)
+    codes += scaled > threshold_of_bin.index_select(0, bins)
     pairs = codes.view(torch.int16)  # the even element's code is in the lower byte
-    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8)
+    return ((pairs << 4) | (pairs >> 8)).to(torch.uint8).view(len(blocks), -1)
+
+
+def _code_bin_of(scaled: Tensor) -> Tensor:
+    """Sort values of [-1, 1] into bins narrower than the distance of any two thresholds: int32."""
+    return scaled.add(1).mul_(_CODE_BINS / 2).int()
+
+
+@cache
+def _code_bins(device: torch.device) -> tuple[Tensor, Tensor]:
+    """For each bin the code of its low end, uint8, and the threshold inside it or infinity, float32.
+
+    Exact, because `_code_bin_of` never descends: a value in a lower bin than a threshold's own lies
+    below that threshold, one in a higher bin above it.
+    """
+    thresholds = nf4_thresholds(device)
+    bins = _code_bin_of(thresholds)
+    every = torch.arange(_CODE_BINS + 1, dtype=torch.int32, device=device)
+    inside = torch.full(every.shape, torch.inf, device=device)
+    inside[bins.long()] = thresholds
+    return torch.searchsorted(bins, every).to(torch.uint8), inside
 
 
 def _squared_error(blocks: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
