@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         ResumePointError,
         ShapeError,
     )
-    from qlora_core.export import load_adapter, save_adapter
+    from qlora_core.export import load_adapter, save_adapter, serving_warnings
     from qlora_core.models import load_model, save_quantized
     from qlora_core.nn import LoraConfig, NF4Linear, add_lora, lora_disabled
     from qlora_core.quant import NF4Weight, quantize_nf4
@@ -69,7 +69,7 @@ _HOMES = {
     ),
     "qlora_core.data": ("Dataset", "load_dataset"),
     "qlora_core.train": ("TrainConfig", "TrainResult", "train"),
-    "qlora_core.export": ("load_adapter", "save_adapter"),
+    "qlora_core.export": ("load_adapter", "save_adapter", "serving_warnings"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -107,6 +107,7 @@ __all__ = [
     "quantize_nf4",
     "save_adapter",
     "save_quantized",
+    "serving_warnings",
     "train",
 ]
 
