@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_core import NF4Linear, load_model
+from qlora_core import NF4Linear, load_model, save_quantized
 from qlora_core.errors import ModelUnsupported
 from qlora_core.nn.nf4_experts import NF4Stack
 from tests.qlora_core.models.families import FAMILIES, save_tiny
@@ -91,6 +92,10 @@ def tensors_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
+def tensors_of_its_own(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+
+
 def dequantize_into(expected: PreTrainedModel, model: PreTrainedModel) -> None:
     """Write what the quantized layers of ``model`` stand for into ``expected``."""
     for path, module in model.named_modules():
@@ -148,6 +153,41 @@ def test_quantized_everything_that_should_be_is_in_nf4_or_the_model_is_refused_b
             assert known, f"{path} is dense"
     stacks = {name for name, one in model.named_parameters() if "expert" in name and one.dim() > 2}
     assert not stacks
+
+
+@every_family
+@torch.no_grad()
+def test_saved_it_is_what_transformers_and_bitsandbytes_load_or_it_is_refused_by_name(
+    tmp_path: Path, family: str
+) -> None:
+    if family in REFUSED:
+        return
+    save_tiny(family, tmp_path / "dense")
+    model = load(tmp_path / "dense")
+    if any(isinstance(one, NF4Stack) for one in model.modules()) or family == "falcon":
+        with pytest.raises(ModelUnsupported, match=r"holds experts in NF4|FalconLinear"):
+            save_quantized(model, tmp_path / "nf4")
+        return
+
+    save_quantized(model, tmp_path / "nf4")
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "nf4", output_loading_info=True)
+    theirs, told = loaded
+    assert not any(told.values()), told
+    expected = dict(theirs.named_parameters(remove_duplicate=False)) | dict(theirs.named_buffers())
+    for path, module in model.named_modules():
+        layer = theirs.get_submodule(path)
+        assert isinstance(module, NF4Linear) == isinstance(layer, Linear4bit), path
+        if isinstance(module, NF4Linear):
+            stored = module.nf4.to_bitsandbytes("weight")
+            for key, tensor in layer.weight.quant_state.as_dict(packed=True).items():
+                if "quant_state" not in key:
+                    assert torch.equal(stored[f"weight.{key}"], tensor), f"{path}: {key}"
+            assert torch.equal(stored["weight"], layer.weight.data)
+            continue
+        for name, tensor in tensors_of_its_own(module).items():
+            assert torch.equal(tensor, expected[f"{path}.{name}".lstrip(".")]), f"{path}.{name}"
+    assert torch.equal(logits(load(tmp_path / "nf4")), logits(model))
 
 
 def test_the_tables_name_families_that_there_are() -> None:
