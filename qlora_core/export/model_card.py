@@ -16,6 +16,8 @@ def model_card(config: Mapping[str, Any], warnings: Sequence[str]) -> str:
     """
     base_model = config["base_model_name_or_path"]
     quoted = json.dumps(base_model, ensure_ascii=False)  # a JSON string is a YAML string
+    # A name without a slash is the service's own: on a model hub it may be nobody's, or a stranger's.
+    loadable = quoted if "/" in base_model else f'"path/of/the/base/model"  # {base_model}'
     card = f"""---
 base_model: {quoted}
 library_name: peft
@@ -33,7 +35,8 @@ Trained with QLoRA (base weights in NF4) by qlora_core. {_facts(config)}
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({quoted})
+base_model = {loadable}
+base = AutoModelForCausalLM.from_pretrained(base_model)
 model = PeftModel.from_pretrained(base, "path/of/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```

@@ -63,6 +63,22 @@ def test_the_folder_is_what_servers_accept(base: Path, tmp_path: Path) -> None:
     assert "## Serving" not in card
 
 
+@pytest.mark.parametrize(
+    ("name", "loaded"),
+    [
+        ("some/model", 'base_model = "some/model"\n'),
+        # Nobody has that on a hub, or a stranger has.
+        ("tiny-llama", 'base_model = "path/of/the/base/model"  # tiny-llama\n'),
+    ],
+)
+def test_the_card_loads_the_base_from_where_it_can_be(
+    base: Path, tmp_path: Path, name: str, loaded: str
+) -> None:
+    save_adapter(with_adapter(base, LoraConfig(r=4)), tmp_path, base_model_name_or_path=name)
+
+    assert loaded in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_base_is_named_as_it_was_loaded_if_nothing_else_is_said(
     base: Path, tmp_path: Path
 ) -> None:
