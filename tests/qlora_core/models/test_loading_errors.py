@@ -1,6 +1,7 @@
 """Every folder that cannot be loaded is refused with its code and a sentence that says why."""
 
 import json
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,12 @@ def test_a_config_that_cannot_be_read(folder: Path, text: str) -> None:
         {"num_attention_heads": 0},
         {"hidden_size": -64},
         {"hidden_size": "wide"},
+        {"hidden_size": 2**40},
+        {"hidden_size": None},
+        {"vocab_size": [384]},
+        {"rope_parameters": "long"},
+        {"hidden_act": 3},
+        {"num_hidden_layers": {}},
     ],
     ids=str,
 )
@@ -212,6 +219,90 @@ def test_an_index_that_names_a_pickle_file(sharded: Path) -> None:
     edit_json(sharded / "model.safetensors.index.json", weight_map={WEIGHT: "weights.bin"})
 
     assert refusal(sharded).code == "model_weights_pickle"
+
+
+def test_an_index_that_names_a_tensor_that_no_shard_has(sharded: Path) -> None:
+    path = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(path.read_text())["weight_map"]
+    edit_json(path, weight_map={**weight_map, "model.more.weight": weight_map[WEIGHT]})
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_invalid"
+    assert "model.more.weight" in error.message
+
+
+def test_a_shard_without_any_tensor(folder: Path) -> None:
+    save_file({}, folder / "model.safetensors")
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_missing"
+    assert "hold no tensors" in error.message
+
+
+def test_an_empty_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({WEIGHT: torch.empty(0, 64)}))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert f"{WEIGHT} is [0, 64] in the checkpoint" in error.message
+
+
+def test_a_header_that_is_longer_than_its_file(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes((2**62).to_bytes(8, "little") + path.read_bytes()[8:])
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert "its header ends behind the file's" in error.message
+
+
+def test_a_tensor_that_the_header_names_twice(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + length].rstrip()
+    entry = json.dumps(json.loads(header)[WEIGHT])
+    doubled = header[:-1] + f', "{WEIGHT}": {entry}}}'.encode()
+    path.write_bytes(len(doubled).to_bytes(8, "little") + doubled + content[8 + length :])
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert f"names {WEIGHT} twice" in error.message
+
+
+def test_shards_may_be_links_out_of_the_folder_as_the_hubs_cache_has_them(
+    sharded: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "blobs").mkdir()
+    for number, shard in enumerate(sorted(sharded.glob("*.safetensors"))):
+        shard.rename(tmp_path / "blobs" / str(number))
+        shard.symlink_to(f"../blobs/{number}")
+
+    load_model(sharded, device="cpu", compute_dtype=torch.float32)
+
+
+def test_a_shard_that_is_a_link_to_nowhere(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[0]
+    shard.unlink()
+    shard.symlink_to("../blobs/gone")
+
+    error = refusal(sharded)
+
+    assert error.code == "model_weights_missing"
+    assert shard.name in error.message
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_weights_that_are_no_file_are_not_opened(folder: Path, make: Callable[[Path], Any]) -> None:
+    (folder / "model.safetensors").unlink()
+    make(folder / "model.safetensors")
+
+    assert refusal(folder).code == "model_weights_missing"
 
 
 def test_an_index_that_disagrees_with_its_shards(sharded: Path) -> None:
