@@ -5,44 +5,31 @@ The folder is written beside its place and renamed into it at the end, so it is 
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from qlora_core.errors import ConfigError, ModelUnsupported
+from qlora_core.errors import ModelUnsupported
+from qlora_core.models.checkpoint_folder import (
+    copy_beside,
+    find_source,
+    refuse_target,
+    whole_config,
+    written_whole,
+)
 from qlora_core.models.naming import checkpoint_names
+from qlora_core.models.skeleton import build_again
 from qlora_core.models.writing import write_tensors
 from qlora_core.nn.lora import LoraLinear
 from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.nf4_linear import NF4Linear
 
 _SHARD_BYTES = 5 * 10**9
-# What stands beside a model's weights: its tokenizer, its chat template, and its licence.
-_BESIDE = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def save_quantized(
@@ -73,44 +60,18 @@ def save_quantized(
         ModelUnsupported: the model has adapters, or layers that transformers and bitsandbytes would not read.
         OSError: the disk is full, or refuses to be written to.
     """
-    folder, source = Path(folder), _find_source(model, source)
-    _refuse_target(folder, source, overwrite=overwrite)
-    skeleton = _build_again(model)
+    folder, source = Path(folder), find_source(model, source)
+    refuse_target(folder, source, overwrite=overwrite)
+    skeleton = build_again(model)
     _refuse_unreadable(model, skeleton)
     tensors = _gather(model, skeleton)
     config = _quantized_config(model, source)
-    with _written_whole(folder) as unfinished:
+    with written_whole(folder) as unfinished:
         files = write_tensors(unfinished, tensors, shard_bytes=shard_bytes, on_progress=on_progress)
         config.save_pretrained(unfinished)
-        if model.generation_config is not None and model.can_generate():
-            model.generation_config.save_pretrained(unfinished)
-        if source is not None:
-            _copy_beside(source, unfinished)
+        copy_beside(model, source, unfinished)
         files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
     return sorted(folder / file for file in files)
-
-
-def _find_source(model: PreTrainedModel, source: str | Path | None) -> Path | None:
-    """Give the folder that the model came from, if it is known and there."""
-    known = source or model.config.name_or_path
-    return Path(known) if known and Path(known).is_dir() else None
-
-
-def _refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder to save to")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"{folder} has files in it; name another folder, or have it replaced")
-    if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConfigError(f"{folder} holds the model that is to be saved; name another folder")
-
-
-def _build_again(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the architecture anew, without weights: the layers that transformers would replace."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return type(model)(deepcopy(model.config))
 
 
 def _refuse_unreadable(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
@@ -172,19 +133,10 @@ def _gather(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, Tens
 
 
 def _quantized_config(model: PreTrainedModel, source: Path | None) -> Any:  # noqa: ANN401 - of any family
-    config: Any = deepcopy(model.config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        # The language model's part of a larger configuration, which alone says what to load.
-        if source is None:
-            raise ModelUnsupported(
-                f"the configuration of a {type(model).__name__} is a part of a larger one; "
-                "name the folder that the model came from as source"
-            )
-        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    config = whole_config(model, source)
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     dtype = str(model.dtype).removeprefix("torch.")
     config.dtype = dtype
-    config.architectures = [type(model).__name__]
     config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -196,40 +148,3 @@ def _quantized_config(model: PreTrainedModel, source: Path | None) -> Any:  # no
         "llm_int8_skip_modules": _dense_layers(model),
     }
     return config
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    for pattern in _BESIDE:
-        for path in source.glob(pattern):
-            target = folder / path.relative_to(source)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-
-
-@contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write in; it becomes ``folder`` on success and is removed on any failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

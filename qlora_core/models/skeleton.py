@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -55,6 +56,12 @@ def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     model.config._name_or_path = str(folder)  # noqa: SLF001 - where from_pretrained keeps it
     return model
+
+
+def build_again(model: PreTrainedModel) -> PreTrainedModel:
+    """Build a model's architecture anew, everything on the meta device: with transformers' own layers."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return type(model)(deepcopy(model.config))
 
 
 def _read_architecture(folder: Path, model_type: str) -> PreTrainedConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,8 +40,9 @@ def write_tensors(
         shard_bytes: at most so many bytes of tensors go into a file, unless one tensor alone is larger.
         on_progress: called with (bytes done, bytes in all) after each tensor.
     """
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    shards = _fill_shards(tensors, shard_bytes)
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    shards = fill_shards(sizes, shard_bytes)
+    total = sum(sizes.values())
     done = 0
 
     def wrote(nbytes: int) -> None:
@@ -50,33 +51,35 @@ def write_tensors(
         if on_progress is not None:
             on_progress(done, total)
 
-    written: list[Path] = []
-    for number, names in enumerate(shards, start=1):
-        file = (
-            "model.safetensors"
-            if len(shards) == 1
-            else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
-        _write_file(folder / file, {name: tensors[name] for name in names}, wrote)
-        written.append(folder / file)
-    if len(shards) > 1:
-        _write_index(folder, written, shards, total)
-    return written
+    files = [folder / name for name in shard_names(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        write_file(file, {name: tensors[name] for name in names}, wrote)
+    write_index(files, shards, total)
+    return files
 
 
-def _fill_shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> list[list[str]]:
+def shard_names(count: int) -> list[str]:
+    """Give the names that transformers has for ``count`` weight files of a model."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def fill_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Divide what has these sizes in bytes among files, in order; at most ``shard_bytes`` each, or one thing alone."""
     shards: list[list[str]] = [[]]
     filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += tensor.nbytes
+        filled += size
     return shards
 
 
-def _write_file(path: Path, tensors: dict[str, Tensor], wrote: Callable[[int], None]) -> None:
+def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None]) -> None:
+    """Write one file; ``wrote`` is called with the bytes of each tensor."""
     # The largest elements first, so that each tensor is aligned to the size of its own.
     ordered = sorted(tensors, key=lambda name: -BITS_OF[_NAMES[tensors[name].dtype]])
     header = write_header(
@@ -90,10 +93,13 @@ def _write_file(path: Path, tensors: dict[str, Tensor], wrote: Callable[[int], N
             wrote(tensors[name].nbytes)
 
 
-def _write_index(folder: Path, files: list[Path], shards: list[list[str]], total: int) -> None:
+def write_index(files: Sequence[Path], shards: Sequence[Sequence[str]], total: int) -> None:
+    """Write which file holds which tensor, beside the files, if there are several."""
+    if len(files) == 1:
+        return
     weight_map = {
         name: file.name for file, names in zip(files, shards, strict=True) for name in names
     }
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    (files[0].parent / "model.safetensors.index.json").write_text(text, encoding="utf-8")

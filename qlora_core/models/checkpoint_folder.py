@@ -1,0 +1,118 @@
+"""The folder of a checkpoint besides its weights: where it may be, its configuration, and what is copied into it.
+
+It is written beside its place and renamed into it at the end, so it is whole or not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+
+from qlora_core.errors import ConfigError, ModelUnsupported
+
+# What stands beside a model's weights: its tokenizer, its chat template, and its licence.
+_BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def find_source(model: PreTrainedModel, source: str | Path | None) -> Path | None:
+    """Give the folder that the model came from, if it is known and there."""
+    known = source or model.config.name_or_path
+    return Path(known) if known and Path(known).is_dir() else None
+
+
+def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None:
+    """Refuse to write where something else is.
+
+    Raises:
+        ConfigError: the folder is a file, has files in it that are not to be replaced, or holds ``source``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; name a folder to save to")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"{folder} has files in it; name another folder, or have it replaced")
+    if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConfigError(f"{folder} holds the model that is to be saved; name another folder")
+
+
+def whole_config(model: PreTrainedModel, source: Path | None) -> Any:  # noqa: ANN401 - of any family
+    """Give a configuration of the model to save beside its weights, a copy.
+
+    Raises:
+        ModelUnsupported: the model is a part of a larger one whose configuration is not at hand.
+    """
+    config: Any = deepcopy(model.config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # The language model's part of a larger configuration, which alone says what to load.
+        if source is None:
+            raise ModelUnsupported(
+                f"the configuration of a {type(model).__name__} is a part of a larger one; "
+                "name the folder that the model came from as source"
+            )
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    config.architectures = [type(model).__name__]
+    return config
+
+
+def copy_beside(model: PreTrainedModel, source: Path | None, folder: Path) -> None:
+    """Write the model's generation settings, and copy what else stands beside the weights in ``source``."""
+    if model.generation_config is not None and model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if source is None:
+        return
+    for pattern in _BESIDE:
+        for path in source.glob(pattern):
+            target = folder / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write in; it becomes ``folder`` on success and is removed on any failure."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
