@@ -64,8 +64,9 @@ class _Renaming:
         self._wanted, self._prefix = wanted, skeleton.base_model_prefix
         self._renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
         converters = [one for one in mapping if isinstance(one, WeightConverter)]
-        # What transformers' quantizer appends; the operation does not matter here.
-        self._gathering = [f"weight{suffix}" for suffix in ("", *SUFFIXES)]
+        # What transformers' quantizer appends, the bare weight last as there, since transformers 5.17 takes the first that
+        # fits; the operation does not matter here.
+        self._gathering = [f"weight{suffix}" for suffix in (*SUFFIXES, "")]
         self._converters = [
             *converters,
             WeightConverter(self._gathering, "weight", [Concatenate()]),
