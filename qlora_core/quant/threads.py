@@ -17,6 +17,9 @@ import torch
 
 Part = TypeVar("Part")
 
+# Python's lock is held for up to a twentieth of the work, so about twenty threads would wait for it all the time.
+_MOST = 16
+
 
 class _Pool:
     """The process's threads, made at first use and kept; they end with the process."""
@@ -32,7 +35,7 @@ _pool = _Pool()
 
 
 def share(parts: Sequence[Part], work: Callable[[Iterator[Part]], None]) -> None:
-    """Have ``work`` done on all ``parts``, by as many threads as `torch.get_num_threads` says.
+    """Have ``work`` done on all ``parts``, by as many threads as `torch.get_num_threads` says, up to 16.
 
     Args:
         parts: what to do, of any type.
@@ -43,7 +46,7 @@ def share(parts: Sequence[Part], work: Callable[[Iterator[Part]], None]) -> None
     Raises:
         What ``work`` raises. No thread is at work any more when this returns or raises.
     """
-    count = min(torch.get_num_threads(), len(parts))
+    count = min(torch.get_num_threads(), len(parts), _MOST)
     # Where torch's threads are not OpenMP's, a thread cannot have a number of its own.
     if count < 2 or not torch.backends.openmp.is_available():
         with torch.inference_mode():
