@@ -30,6 +30,9 @@ _MAX_TRANSACTIONS = 16
 """Of the pool's 20 connections. Were a request to wait for a connection in a thread, while those that hold one wait for
 a thread, all would stand still; so requests wait here instead, holding neither, and 4 are left for short transactions."""
 
+_MAX_PROBES = 4
+"""Threads of their own for `/readyz`, which must answer while requests fill all others, waiting for a server that hangs."""
+
 _MAX_STREAM_READS = 2
 """Of those 4: event streams read often, and must leave room for the keys of requests."""
 
@@ -40,6 +43,8 @@ class State:
 
     settings: Settings
     engine: Engine
+    probe_engine: Engine
+    """Without a pool and with little patience: `/readyz` asks whether a new connection would be answered."""
     sessions: sessionmaker[Session]
     storage: Storage
     catalog: Catalog
@@ -49,6 +54,9 @@ class State:
     """Set once the first key is there."""
     transactions: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_MAX_TRANSACTIONS)
+    )
+    probes: anyio.CapacityLimiter = field(
+        default_factory=lambda: anyio.CapacityLimiter(_MAX_PROBES)
     )
     stream_reads: anyio.CapacityLimiter = field(
         default_factory=lambda: anyio.CapacityLimiter(_MAX_STREAM_READS)

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, FastAPI
 
-from api import errors, pages, schema
+from api import errors, pages, readiness, schema
 from api.deps import DocumentsBearer, State
 from api.middleware import Authenticate, JsonBody, RequestContext
 from api.routes import adapters, checkpoints, events, files, health, jobs, models
@@ -41,6 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
     state = State(
         settings=settings,
         engine=engine,
+        probe_engine=db.connect(settings, pool_size=0, patience_s=readiness.ANSWER_WITHIN_S),
         sessions=db.sessions(engine),
         storage=Storage.open(settings),
         catalog=Catalog.load(settings.models_file),

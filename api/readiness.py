@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from api.deps import State
 
 OK = "ok"
-_ANSWER_WITHIN_S = 2
+ANSWER_WITHIN_S = 2
 
 
 def checks(state: State) -> dict[str, str]:
@@ -27,7 +27,7 @@ def checks(state: State) -> dict[str, str]:
 
 def _database(state: State) -> str:
     try:
-        with state.engine.connect() as connection:
+        with state.probe_engine.connect() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
     except SQLAlchemyError:
         return "the database does not answer"
@@ -55,7 +55,7 @@ def _redis(state: State) -> str:
     address = url.get_secret_value().replace("redis+socket://", "unix://", 1)
     try:
         client = Redis.from_url(  # pyright: ignore[reportUnknownMemberType]
-            address, socket_timeout=_ANSWER_WITHIN_S, socket_connect_timeout=_ANSWER_WITHIN_S
+            address, socket_timeout=ANSWER_WITHIN_S, socket_connect_timeout=ANSWER_WITHIN_S
         )
         with client:
             client.ping()  # pyright: ignore[reportUnknownMemberType]

@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     """Blobs, attempts' folders, embedded servers' data, the first API key."""
     database_url: SecretStr | None = None
     """postgresql+psycopg://…; `postgresql://` and `postgres://` are understood too."""
+    database_patience_s: float = Field(default=10.0, gt=0)
+    """How long PostgreSQL may be silent over a statement before it counts as away."""
     redis_url: SecretStr | None = None
     """redis://…, or redis+socket:///path for a Unix socket."""
     storage_url: str | None = None

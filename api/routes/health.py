@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from anyio.to_thread import run_sync
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
 
@@ -31,9 +32,9 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", responses={503: {"model": Readiness, "description": "Not ready."}})
-def readyz(response: Response, state: StateDep) -> Readiness:
+async def readyz(response: Response, state: StateDep) -> Readiness:
     """Say whether requests can be served: database, migrations, broker and first key are there."""
-    checks = readiness.checks(state)
+    checks = await run_sync(readiness.checks, state, limiter=state.probes)
     if all(value == readiness.OK for value in checks.values()):
         return Readiness(status="ready", checks=checks)
     response.status_code = 503

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import httpx2
@@ -12,8 +14,10 @@ from pydantic import SecretStr
 
 from api.main import create_app
 from operations import migrate
+from operations.embedded import postgres
 from service.settings import Settings
 from tests.api.conftest import run_process, serve, wait_until
+from tests.stopped import stopped
 
 
 def test_a_running_api_is_ready_and_needs_no_key_to_say_so(base_url: str) -> None:
@@ -40,6 +44,31 @@ def test_without_a_database_it_lives_is_not_ready_and_says_why(settings: Setting
     assert call.status_code == 503
     assert call.headers["retry-after"] == "5"
     assert call.json()["error"]["code"] == "service_unavailable"
+
+
+def test_while_the_database_hangs_it_says_so_in_time_and_recovers(
+    settings: Settings, postgres_server: postgres.Postgres
+) -> None:
+    hasty = settings.model_copy(update={"database_patience_s": 1.0})
+
+    with serve(hasty) as url, ThreadPoolExecutor(45) as many:
+        key = settings.first_key_file.read_text().strip()
+        ask = partial(httpx2.get, f"{url}/v1/models", headers={"authorization": f"Bearer {key}"})
+        ready = partial(httpx2.get, f"{url}/readyz", timeout=5)
+        wait_until(lambda: ready().status_code == 200)
+        with stopped(postgres_server):
+            calls = [many.submit(ask, timeout=40) for _ in range(45)]  # more than there are threads
+            hanging = ready()
+            refused = [call.result() for call in calls]
+        wait_until(lambda: ready().status_code == 200)
+        served = ask()
+
+    assert hanging.status_code == 503
+    assert hanging.json()["checks"]["database"] == "the database does not answer"
+    assert {(call.status_code, call.json()["error"]["code"]) for call in refused} == {
+        (503, "service_unavailable")
+    }
+    assert served.status_code == 200
 
 
 def test_without_a_broker_it_is_not_ready(settings: Settings) -> None:
