@@ -5,31 +5,43 @@ The folder is written beside its place and renamed into it at the end, so it is 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.quantizers_utils import should_convert_module
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from qlora_core.errors import ModelUnsupported
-from qlora_core.models.checkpoint_folder import (
-    copy_beside,
-    find_source,
-    refuse_target,
-    whole_config,
-    written_whole,
-)
 from qlora_core.models.naming import checkpoint_names
-from qlora_core.models.skeleton import build_again
+from qlora_core.models.readable import dense_layers, refuse_layers, refuse_target
 from qlora_core.models.writing import write_tensors
 from qlora_core.nn.lora import LoraLinear
 from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.nf4_linear import NF4Linear
 
 _SHARD_BYTES = 5 * 10**9
+# What stands beside a model's weights: its tokenizer, its chat template, and its licence.
+_BESIDE = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template.*",
+    "additional_chat_templates/*.jinja",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 
 
 def save_quantized(
@@ -56,67 +68,55 @@ def save_quantized(
         The files written.
 
     Raises:
-        ConfigError: the folder has files in it, or would be its own source.
+        ConfigError: the folder has files in it, or holds the model's own source.
         ModelUnsupported: the model has adapters, or layers that transformers and bitsandbytes would not read.
         OSError: the disk is full, or refuses to be written to.
     """
-    folder, source = Path(folder), find_source(model, source)
+    folder, source = Path(folder), _find_source(model, source)
     refuse_target(folder, source, overwrite=overwrite)
-    skeleton = build_again(model)
-    _refuse_unreadable(model, skeleton)
-    tensors = _gather(model, skeleton)
-    config = _quantized_config(model, source)
-    with written_whole(folder) as unfinished:
-        files = write_tensors(unfinished, tensors, shard_bytes=shard_bytes, on_progress=on_progress)
+    skeleton = _build_again(model)
+    layers = _layers_in_nf4(model)
+    experts = [path for path, module in model.named_modules() if isinstance(module, NF4Stack)]
+    refuse_layers(skeleton, layers, experts)
+    tensors = _gather(model, skeleton, layers)
+    config = _quantized_config(model, layers, dense_layers(skeleton, layers), source)
+    with _written_whole(folder) as unfinished:
+        write_tensors(unfinished, tensors, shard_bytes=shard_bytes, on_progress=on_progress)
         config.save_pretrained(unfinished)
-        copy_beside(model, source, unfinished)
-        files = [path.relative_to(unfinished) for path in unfinished.rglob("*") if path.is_file()]
-    return sorted(folder / file for file in files)
+        if model.generation_config is not None and model.can_generate():
+            model.generation_config.save_pretrained(unfinished)
+        if source is not None:
+            _copy_beside(source, unfinished)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _refuse_unreadable(model: PreTrainedModel, skeleton: PreTrainedModel) -> None:
-    skipped = [*_dense_layers(model), *(skeleton._keep_in_fp32_modules or ())]  # noqa: SLF001
+def _find_source(model: PreTrainedModel, source: str | Path | None) -> Path | None:
+    """Give the folder that the model came from, if it is known and there."""
+    known = source or model.config.name_or_path
+    return Path(known) if known and Path(known).is_dir() else None
+
+
+def _build_again(model: PreTrainedModel) -> PreTrainedModel:
+    """Build the architecture anew, without weights: the layers that transformers would replace."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return type(model)(deepcopy(model.config))
+
+
+def _layers_in_nf4(model: PreTrainedModel) -> dict[str, NF4Linear]:
+    """Give the NF4 layers by path; refuse a model that has adapters over them."""
     for path, module in model.named_modules():
         if isinstance(module, LoraLinear):
             raise ModelUnsupported(
                 f"{path} has an adapter; save the adapter by itself, or load the model anew"
             )
-        if isinstance(module, NF4Stack):
-            raise ModelUnsupported(
-                f"{path} holds experts in NF4, for which bitsandbytes has no form; "
-                "a model with quantized experts cannot be saved"
-            )
-        if not isinstance(module, NF4Linear):
-            continue
-        kind = type(skeleton.get_submodule(path))
-        if kind not in (nn.Linear, Conv1D):
-            raise ModelUnsupported(
-                f"{path} is a {kind.__name__}, which transformers does not load in 4 bits; "
-                "such a model cannot be saved"
-            )
-        if not should_convert_module(path, skipped):
-            raise ModelUnsupported(
-                f"{path} is in NF4, but by transformers' matching of names it counts to a layer that "
-                "stays dense; quantize both, or skip both"
-            )
+    return {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
 
 
-def _dense_layers(model: PreTrainedModel) -> list[str]:
-    """Give the paths of the layers that transformers would replace, but that are dense here."""
-    return [
-        path
-        for path, module in model.named_modules()
-        if type(module) is nn.Linear or isinstance(module, Conv1D)
-    ]
-
-
-def _gather(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, Tensor]:
+def _gather(
+    model: PreTrainedModel, skeleton: PreTrainedModel, layers: Mapping[str, NF4Linear]
+) -> dict[str, Tensor]:
     """Give all tensors to store, by their names in a checkpoint, in the model's order."""
-    quantized = {
-        f"{path}.weight": module
-        for path, module in model.named_modules()
-        if isinstance(module, NF4Linear)
-    }
+    quantized = {f"{path}.weight": layer for path, layer in layers.items()}
     held = dict(model.state_dict())
     ignored = set(model._keys_to_ignore_on_save or ())  # noqa: SLF001
     # Either of two tied names would do; transformers looks for the one that is not in its table.
@@ -132,19 +132,67 @@ def _gather(model: PreTrainedModel, skeleton: PreTrainedModel) -> dict[str, Tens
     return tensors
 
 
-def _quantized_config(model: PreTrainedModel, source: Path | None) -> Any:  # noqa: ANN401 - of any family
-    config = whole_config(model, source)
-    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+def _quantized_config(
+    model: PreTrainedModel, layers: Mapping[str, NF4Linear], dense: list[str], source: Path | None
+) -> Any:  # noqa: ANN401 - of any family
+    config: Any = deepcopy(model.config)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        # The language model's part of a larger configuration, which alone says what to load.
+        if source is None:
+            raise ModelUnsupported(
+                f"the configuration of a {type(model).__name__} is a part of a larger one; "
+                "name the folder that the model came from as source"
+            )
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     dtype = str(model.dtype).removeprefix("torch.")
     config.dtype = dtype
+    config.architectures = [type(model).__name__]
     config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": any(layer.nested_absmax is not None for layer in layers),
+        "bnb_4bit_use_double_quant": any(one.nf4.double_quant for one in layers.values()),
         "bnb_4bit_compute_dtype": dtype,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": _dense_layers(model),
+        "llm_int8_skip_modules": dense,
     }
     return config
+
+
+def _copy_beside(source: Path, folder: Path) -> None:
+    for pattern in _BESIDE:
+        for path in source.glob(pattern):
+            target = folder / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+@contextmanager
+def _written_whole(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write in; it becomes ``folder`` on success and is removed on any failure."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for path in [*unfinished.rglob("*"), unfinished]:
+            _flush(path)
+        if folder.exists():
+            shutil.rmtree(folder)
+        unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

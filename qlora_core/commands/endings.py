@@ -1,0 +1,45 @@
+"""How a command ends: what the user did wrong is one sentence on stderr, never a traceback."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from qlora_core.errors import EngineError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+REFUSED = 2
+"""The exit code of whatever cannot be done with these arguments, or on this machine."""
+INTERRUPTED = 130
+"""Of Ctrl-C, as shells have it."""
+
+
+def guarded(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn the errors that a command may meet into a sentence and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except EngineError as error:
+            _end(error.message)
+        except OSError as error:
+            _end(f"{error.filename or 'a file'}: {error.strerror or error}")
+        except MemoryError:
+            _end("this machine has too little memory for that")
+        except KeyboardInterrupt:
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run
+
+
+def _end(message: str) -> NoReturn:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(f"Error: {message}", "red"))
+    raise typer.Exit(REFUSED) from None

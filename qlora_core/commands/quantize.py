@@ -1,0 +1,134 @@
+"""`quantize`: a model's folder in, a folder with its linear layers in NF4 out, for transformers and bitsandbytes."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qlora_core.commands.endings import guarded
+from qlora_core.commands.progress import byte_bar
+from qlora_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from qlora_core.models.census import Census
+
+
+class Scale(StrEnum):
+    """How a block's scale is found."""
+
+    ABSMAX = "absmax"
+    MSE = "mse"
+
+
+class Device(StrEnum):
+    """Where to quantize."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+@guarded
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors weights.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; new, or empty.")],
+    block_size: Annotated[
+        int, typer.Option(help="Elements per scale, a power of two from 32 to 4096.")
+    ] = 64,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the scales too.")
+    ] = True,
+    skip_module: Annotated[
+        list[str],
+        typer.Option(help="A layer, or a part of the model, that stays as it is; repeat."),
+    ] = ["lm_head"],  # noqa: B006 - typer only reads it
+    scale: Annotated[
+        Scale, typer.Option(help="mse searches for the scales with the least squared error.")
+    ] = Scale.ABSMAX,
+    device: Annotated[Device, typer.Option(help="Where to quantize.")] = Device.AUTO,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace OUT if it has files in it.")
+    ] = False,
+) -> None:
+    """Store a model's linear layers in NF4, at about 4 bits per parameter.
+
+    The result is loaded by transformers with bitsandbytes, and by this engine without quantizing again.
+    """
+    import torch
+
+    from qlora_core.models import load_model, save_quantized
+    from qlora_core.models.census import take_census
+    from qlora_core.models.readable import refuse_beforehand
+
+    began = time.monotonic()
+    target = _device(device)
+    dtype = refuse_beforehand(model, out, skip_modules=skip_module, overwrite=force)
+    with byte_bar() as start:
+        loaded = load_model(
+            model,
+            device=target,
+            compute_dtype=dtype,
+            skip_modules=skip_module,
+            block_size=block_size,
+            double_quant=double_quant,
+            scale=scale.value,
+            on_progress=start("quantizing"),
+        )
+        written = save_quantized(
+            loaded, out, source=model, overwrite=force, on_progress=start("writing")
+        )
+    before, after = (_weight_bytes(paths) for paths in (model.iterdir(), written))
+    on_gpu = torch.cuda.max_memory_allocated(target) if target.type == "cuda" else None
+    _print_summary(
+        out, take_census(loaded), before, after, seconds=time.monotonic() - began, on_gpu=on_gpu
+    )
+
+
+def _device(wanted: Device) -> torch.device:
+    import torch
+
+    if wanted is Device.CUDA and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here; use --device cpu")
+    on_gpu = wanted is not Device.CPU and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def _weight_bytes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")
+
+
+def _print_summary(
+    out: Path, census: Census, before: int, after: int, *, seconds: float, on_gpu: int | None
+) -> None:
+    table = Table(title=str(out), show_header=False, title_justify="left")
+    table.add_row("parameters", _count(census.parameters))
+    table.add_row("  in NF4", f"{_count(census.quantized)} at {census.quantized_bits:.3f} bits")
+    table.add_row("  embeddings and head", _count(census.embeddings))
+    table.add_row("  other", _count(census.others))
+    table.add_row("size", f"{_size(before)} before, {_size(after)} now ({after / before:.0%})")
+    table.add_row("bits per parameter", f"{census.bits:.3f}")
+    table.add_row("time", f"{seconds:.1f} s")
+    # Linux gives the peak in KiB.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    table.add_row("peak memory", _size(peak))
+    if on_gpu is not None:
+        table.add_row("peak on the GPU", _size(on_gpu))
+    Console(highlight=False).print(table)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e6:,.2f} M"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
