@@ -179,6 +179,7 @@ def test_the_graph_saves_x_and_small_things_only(dropout: float) -> None:
 def test_no_dense_copy_of_a_weight_outlives_its_product() -> None:
     layers = [lora(256, 256, 4)[0] for _ in range(4)]
     y = inputs(10, 256)
+    before = dense_tensors(256 * 256)  # tables that are kept for good, from other tests
 
     for adapter in layers:
         y = adapter(y)
@@ -187,8 +188,8 @@ def test_no_dense_copy_of_a_weight_outlives_its_product() -> None:
     after = dense_tensors(256 * 256)
 
     # One buffer per thread, shared by all layers, may stay: see `quant.workspace`.
-    assert during <= 1
-    assert after <= 1
+    assert during <= before + 1
+    assert after <= before + 1
 
 
 def test_nothing_of_a_finished_step_stays_alive() -> None:
