@@ -64,7 +64,7 @@ def sink(report: Report) -> Callable[[EngineEvent], None]:
 
     def tell(event: EngineEvent) -> None:
         nonlocal total_steps
-        data = event.as_dict()
+        data = _in_the_jobs_words(event.as_dict())
         match data["kind"]:
             case "run_started":
                 total_steps = data["total_steps"]
@@ -90,6 +90,11 @@ _MESSAGES = {
     "samples_generated": "Samples generated at step {step} by the {stage}",
     "run_finished": "Training finished after {steps} steps: training loss={train_loss:.4f}",
 }
+
+
+def _in_the_jobs_words(data: dict[str, Any]) -> dict[str, Any]:
+    """Rename what the engine calls trained tokens, those with loss: a job's `trained_tokens` are all, as OpenAI's."""
+    return {"loss_tokens" if name == "trained_tokens" else name: data[name] for name in data}
 
 
 def _tell_resumed(report: Report, start_step: int) -> None:

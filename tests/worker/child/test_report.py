@@ -23,6 +23,7 @@ def step(n: int, loss: float = 0.154) -> StepMetrics:
         learning_rate=1e-4,
         grad_norm=1.0,
         tokens_per_s=10.0,
+        mfu=None,
         trained_tokens=5,
         step_time_s=0.1,
         memory={"rss_bytes": 1},
@@ -54,6 +55,17 @@ def test_engine_events_become_lines_in_openais_words(tmp_path: Path) -> None:
     assert lines[3].kind == "checkpoint_saved"
     assert lines[4].data["samples"][0]["answer"] == "a"
     assert (lines[5].level, lines[5].message) == ("warn", "Look here.")
+
+
+def test_tokens_with_loss_are_not_called_what_openai_calls_all_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        sink(report)(step(12))
+
+    data = Tail(path).read()[0].data
+    assert data["loss_tokens"] == 5
+    assert "trained_tokens" not in data
 
 
 def test_a_run_that_goes_on_says_from_where(tmp_path: Path) -> None:
