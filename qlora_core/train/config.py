@@ -33,7 +33,7 @@ _NUMBERS = {
     "max_grad_norm": (0.0, 1e6, False),
 }
 _CHOICES = {"lr_scheduler_type": SCHEDULES, "optimizer": OPTIMIZERS}
-_FLAGS = ("load_best_at_end", "gradient_checkpointing")
+_FLAGS = ("load_best_at_end", "packing", "gradient_checkpointing")
 _MAY_BE_NONE = ("max_steps", "warmup_ratio", "warmup_steps", "load_best_at_end")
 
 
@@ -61,8 +61,10 @@ class TrainConfig:
         context_length: tokens; what examples were cut to.
         seed: of the adapter's start, the order of the data, and dropout.
         optimizer: by name.
+        packing: put the examples of a forward pass one after the other, kept apart, instead of padding them;
+            the same result, sooner.
         gradient_checkpointing: compute activations twice instead of keeping them.
-        micro_batch_tokens: padded tokens per forward pass; bounds memory, not the result.
+        micro_batch_tokens: tokens per forward pass, padding counted; bounds memory, not the result.
         lora: the adapter.
 
     Raises:
@@ -84,6 +86,7 @@ class TrainConfig:
     context_length: int = 2048
     seed: int = 0
     optimizer: str = "adamw"
+    packing: bool = True
     gradient_checkpointing: bool = True
     micro_batch_tokens: int = 4096
     lora: LoraConfig = field(default_factory=LoraConfig)

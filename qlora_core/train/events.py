@@ -52,8 +52,10 @@ class StepMetrics(Event):
         learning_rate: of this step.
         grad_norm: before clipping.
         tokens_per_s: real tokens of the step, trained or not, per second.
+        mfu: model FLOPs utilization, the share of the device's 16-bit peak that the step's operations
+            made use of (`flops`); None where the peak is not known, as on a CPU.
         trained_tokens: of the whole run so far.
-        memory: bytes by kind.
+        memory: bytes by kind (`memory.MemoryMeter`).
     """
 
     kind = "step_metrics"
@@ -65,6 +67,7 @@ class StepMetrics(Event):
     learning_rate: float
     grad_norm: float | None
     tokens_per_s: float
+    mfu: float | None
     trained_tokens: int
     step_time_s: float
     memory: Mapping[str, int]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from qlora_core.data import Dataset
@@ -18,8 +17,9 @@ from qlora_core.train.events import Notice, RunFinished, RunStarted, SamplesGene
 from qlora_core.train.generate import answer_samples
 from qlora_core.train.memory import base_bytes, out_of_memory_named
 from qlora_core.train.progress import Progress
+from qlora_core.train.rehearsal import rehearse
 from qlora_core.train.resume import load_resume_point
-from qlora_core.train.run import Run, prepare
+from qlora_core.train.run import Run, device_name, prepare
 from qlora_core.train.saving import keep_adapter, keep_checkpoint, keep_resume_point
 from qlora_core.train.step import take_step
 from qlora_core.train.validation import is_due, validate
@@ -106,6 +106,7 @@ def train(
             base_model=base_model_name_or_path,
         )
         progress = _resume(run, resume_from)
+        rehearse(run)
         _say_started(run, progress)
         if progress.step == 0:
             _look_at_the_base(run, progress)
@@ -142,9 +143,6 @@ def _resume(run: Run, resume_from: Path | str | None) -> Progress:
 
 
 def _say_started(run: Run, progress: Progress) -> None:
-    device = run.model.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     run.sink(
         RunStarted(
             total_steps=run.total_steps,
@@ -153,7 +151,7 @@ def _say_started(run: Run, progress: Progress) -> None:
             n_epochs=run.config.n_epochs,
             trainable_parameters=sum(parameter.numel() for parameter in run.parameters),
             base_bytes=base_bytes(run.model),
-            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            device=device_name(run.model.device),
             n_truncated=run.dataset.report.n_truncated,
             n_dropped=run.dataset.report.n_dropped,
         )

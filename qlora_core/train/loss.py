@@ -7,6 +7,8 @@ those of the hidden states, and those of the head itself where it is trained.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,10 +19,26 @@ from transformers import PreTrainedModel
 
 from qlora_core.data import Batch
 from qlora_core.train.head import Head, find_head
+from qlora_core.train.packed_attention import packed_row
 
 # Float32 logits of a chunk: 128 MiB.
 _CHUNK_ELEMENTS = 2**25
 _CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """What one forward pass over a batch found.
+
+    Attributes:
+        loss: float32 scalar, differentiable: cross-entropy summed over the trained tokens, in nats.
+        n_correct: int64 scalar: trained tokens that were predicted right.
+        example_losses: float32 [examples], without gradient: the same sum for each of ``batch.examples``.
+    """
+
+    loss: Tensor
+    n_correct: Tensor
+    example_losses: Tensor
 
 
 class SupervisedLoss:
@@ -38,18 +56,27 @@ class SupervisedLoss:
         vocabulary = model.config.get_text_config().vocab_size
         self._chunk_tokens = max(1, min(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the summed loss (float32, differentiable) and how many tokens were predicted right."""
+    def __call__(self, batch: Batch) -> BatchLoss:
+        """Return the loss of a batch on the model's device; a packed one needs a model set up by `choose_packing`."""
+        options: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        row: AbstractContextManager[None] = nullcontext()
+        if batch.lengths is not None:
+            options["position_ids"], row = batch.position_ids, packed_row(batch.lengths)
         if self._head is None:
-            logits = self._model(input_ids=batch.input_ids, use_cache=False).logits
-            losses, n_correct = _losses(logits.flatten(0, 1)[batch.positions], batch.targets)
-            return losses.sum(), n_correct
-        output = self._head.decoder(input_ids=batch.input_ids, use_cache=False)
-        hidden = output.last_hidden_state.flatten(0, 1)[batch.positions]
-        loss, _, n_correct = _ChunkedLossFn.apply(
-            hidden, batch.targets, self._head, self._chunk_tokens, *self._head.parameters
+            with row:
+                logits = self._model(**options).logits.flatten(0, 1)[batch.positions]
+            losses, n_correct = _losses(logits, batch.targets)
+            return BatchLoss(losses.sum(), n_correct, _by_example(losses.detach(), batch))
+        with row:
+            hidden = self._head.decoder(**options).last_hidden_state
+        loss, losses, n_correct = _ChunkedLossFn.apply(
+            hidden.flatten(0, 1)[batch.positions],
+            batch.targets,
+            self._head,
+            self._chunk_tokens,
+            *self._head.parameters,
         )  # pyright: ignore[reportGeneralTypeIssues]
-        return loss, n_correct
+        return BatchLoss(loss, n_correct, _by_example(losses, batch))
 
 
 class _ChunkedLossFn(torch.autograd.Function):
@@ -138,3 +165,10 @@ def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return each token's cross-entropy in float32, and how often the largest logit is the target's."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
     return losses, (logits.detach().argmax(-1) == targets).sum()
+
+
+def _by_example(losses: Tensor, batch: Batch) -> Tensor:
+    """Sum each example's tokens; as differences of a running sum, which is the same on every run."""
+    running = functional.pad(losses.double().cumsum(0), (1, 0))
+    ends = functional.pad(batch.trained_ends, (1, 0))
+    return running[ends].diff().float()

@@ -1,27 +1,78 @@
-"""Measured memory of the process or the card, and one error for running out of it."""
+"""Measured memory of a run by kind, and one error for running out of it."""
 
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qlora_core.errors import OutOfMemoryError
+from qlora_core.nn import NF4Linear
+from qlora_core.nn.nf4_experts import NF4Stack
+from qlora_core.nn.nf4_linear import product_dtype
 
 _PAGE_BYTES = resource.getpagesize()
 _STATM = Path("/proc/self/statm")
 
 
-def measured_memory(device: torch.device) -> dict[str, int]:
-    """Return memory in use by kind.
+class MemoryMeter:
+    """Tells where a training step's memory went.
 
-    On a GPU: ``allocated_bytes`` and ``reserved_bytes`` now, ``peak_bytes`` allocated at most. On a
-    CPU: ``rss_bytes`` now, ``peak_rss_bytes`` at most (of the process, since it started).
+    Kinds, in bytes: ``base_bytes`` everything frozen, ``adapter_bytes`` everything trained,
+    ``optimizer_bytes`` its moments, ``gradients_bytes``, and ``workspace_bytes`` the largest quantized
+    weight while it is dense. Beside them on a GPU: ``activations_bytes``, what is left of the step's
+    peak, ``allocated_bytes`` and ``reserved_bytes`` now, and ``peak_bytes`` allocated at most since the
+    run began. On a CPU, whose allocator counts nothing: ``rss_bytes`` of the process now and
+    ``peak_rss_bytes`` since it started.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+    ) -> None:
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._device = device
+        self._base_bytes = base_bytes(model)
+        self._adapter_bytes = _distinct_bytes(parameters)
+        self._workspace_bytes = workspace_bytes(model, device)
+        self._peak_bytes = 0
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Begin to look for a new peak."""
+        if self._device.type == "cuda":
+            self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_allocated(self._device))
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def measure(self) -> dict[str, int]:
+        """Return the kinds; call it while the step's gradients are there."""
+        moments = (value for state in self._optimizer.state.values() for value in state.values())
+        gradients = (p.grad for p in self._parameters if p.grad is not None)
+        kinds = {
+            "base_bytes": self._base_bytes,
+            "adapter_bytes": self._adapter_bytes,
+            "optimizer_bytes": _distinct_bytes(v for v in moments if isinstance(v, Tensor)),
+            "gradients_bytes": _distinct_bytes(gradients),
+            "workspace_bytes": self._workspace_bytes,
+        }
+        if self._device.type == "cuda":
+            step_peak_bytes = torch.cuda.max_memory_allocated(self._device)
+            self._peak_bytes = max(self._peak_bytes, step_peak_bytes)
+            kinds["activations_bytes"] = max(0, step_peak_bytes - sum(kinds.values()))
+            return {**kinds, **measured_memory(self._device), "peak_bytes": self._peak_bytes}
+        return {**kinds, **measured_memory(self._device)}
+
+
+def measured_memory(device: torch.device) -> dict[str, int]:
+    """Return what the allocator of a GPU counts, or of a CPU what the system says of the process."""
     if device.type == "cuda":
         return {
             "allocated_bytes": torch.cuda.memory_allocated(device),
@@ -37,13 +88,30 @@ def measured_memory(device: torch.device) -> dict[str, int]:
 
 def base_bytes(model: nn.Module) -> int:
     """Return the bytes of everything frozen: parameters and buffers, shared ones once."""
-    tensors = [p for p in model.parameters() if not p.requires_grad] + list(model.buffers())
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return _distinct_bytes([*frozen, *model.buffers()])
+
+
+def workspace_bytes(model: nn.Module, device: torch.device) -> int:
+    """Return the bytes of the largest quantized weight while a product needs it dense."""
+    return max(
+        (
+            module.in_features * module.out_features
+            * product_dtype(module.compute_dtype, device).itemsize
+            for module in model.modules()
+            if isinstance(module, NF4Linear | NF4Stack)
+        ),
+        default=0,
+    )  # fmt: skip
+
+
+def _distinct_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 @contextmanager
-def out_of_memory_named(device: torch.device) -> Iterator[None]:
-    """Turn the several ways a device runs out of memory into our one error."""
+def out_of_memory_named(device: torch.device, during: str = "") -> Iterator[None]:
+    """Turn the several ways a device runs out of memory into our one error; ``during`` what is done inside."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -51,7 +119,7 @@ def out_of_memory_named(device: torch.device) -> Iterator[None]:
             raise
         used = ", ".join(f"{name} {value:,}" for name, value in measured_memory(device).items())
         raise OutOfMemoryError(
-            f"The {device.type} ran out of memory ({used}). Lower micro_batch_tokens or "
+            f"The {device.type} ran out of memory{during} ({used}). Lower micro_batch_tokens or "
             "context_length, or turn gradient_checkpointing on."
         ) from error
 

@@ -12,20 +12,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_core.data import Dataset, epoch_order, windows
+from qlora_core.data import Batching, Dataset, epoch_order, pass_tokens, windows
 from qlora_core.errors import ConfigError
 from qlora_core.nn import add_lora
 from qlora_core.optim import build_optimizer
 from qlora_core.text import TextEncoder
 from qlora_core.train.checkpointing import checkpoint_activations
 from qlora_core.train.config import TrainConfig
+from qlora_core.train.device_peaks import peak_flops_per_s
 from qlora_core.train.events import Notice, Sink
+from qlora_core.train.flops import ModelShapes, count_shapes
 from qlora_core.train.loss import SupervisedLoss
+from qlora_core.train.memory import MemoryMeter
+from qlora_core.train.packing import Packing, alone_above, choose_packing
 from qlora_core.train.progress import Progress
 from qlora_core.train.weights import Weights
 
 # Settings that change memory and speed, never the result: a run may resume with others.
-_NOT_IDENTITY = ("micro_batch_tokens", "gradient_checkpointing")
+_NOT_IDENTITY = ("micro_batch_tokens", "packing", "gradient_checkpointing")
 
 
 @dataclass
@@ -33,6 +37,9 @@ class Run:
     """A model with its adapter and everything that trains it.
 
     Attributes:
+        memory: tells where a step's memory went.
+        shapes: what the model multiplies by.
+        peak_flops_per_s: of the device, None where it is not known.
         best: copies of the adapter's tensors at the best validation; empty where none are kept.
     """
 
@@ -46,6 +53,10 @@ class Run:
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     loss_of: SupervisedLoss
+    batching: Batching
+    memory: MemoryMeter
+    shapes: ModelShapes
+    peak_flops_per_s: float | None
     base_model: str
     sample_prompts: Sequence[Sequence[dict[str, Any]]]
     best: Weights = field(default_factory=dict)
@@ -122,11 +133,18 @@ def prepare(
                 "the loss is computed from full logits, which takes more memory.",
             )
         )
+    batching = _batching(model, encoder, config, sink)
     if config.gradient_checkpointing and not checkpoint_activations(model):
         sink(Notice("warn", f"{type(model).__name__} does not support gradient checkpointing."))
     torch.manual_seed(config.seed)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = build_optimizer(
+        config.optimizer,
+        parameters,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+    )
     run = Run(
         model=model,
         encoder=encoder,
@@ -136,13 +154,12 @@ def prepare(
         output_dir=output_dir,
         validation=validation,
         parameters=parameters,
-        optimizer=build_optimizer(
-            config.optimizer,
-            parameters,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-        ),
+        optimizer=optimizer,
         loss_of=loss_of,
+        batching=batching,
+        memory=MemoryMeter(model, parameters, optimizer, model.device),
+        shapes=count_shapes(model),
+        peak_flops_per_s=peak_flops_per_s(device_name(model.device)),
         base_model=base_model or model.name_or_path,
         sample_prompts=sample_prompts,
     )
@@ -151,6 +168,32 @@ def prepare(
         message = f"The run has {run.total_steps} steps and its warm-up {warmup}: the learning rate"
         sink(Notice("warn", f"{message} never reaches its peak."))
     return run
+
+
+def device_name(device: torch.device) -> str:
+    """Return the card's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _batching(
+    model: PreTrainedModel, encoder: TextEncoder, config: TrainConfig, sink: Sink
+) -> Batching:
+    """Decide how examples are put together, and say so where it is not as wished."""
+    packing = choose_packing(model) if config.packing else Packing.NONE
+    if config.packing and packing is Packing.NONE:
+        sink(
+            Notice(
+                "info",
+                f"{type(model).__name__} does not keep the examples of a packed row apart: they are padded instead.",
+            )
+        )
+    return Batching(
+        max_tokens=config.micro_batch_tokens,
+        packed=packing is not Packing.NONE,
+        pad_id=encoder.pad_id,
+        pass_tokens=pass_tokens(model.device),
+        alone_above=alone_above(model),
+    )
 
 
 def _refuse_without_validation(config: TrainConfig) -> None:

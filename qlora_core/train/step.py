@@ -14,11 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from qlora_core.data import collate, group_by_tokens, pass_tokens
 from qlora_core.errors import LossNotFiniteError
 from qlora_core.optim import learning_rate_at
 from qlora_core.train.events import Notice, StepMetrics
-from qlora_core.train.memory import measured_memory
+from qlora_core.train.flops import training_flops
 from qlora_core.train.progress import Progress
 from qlora_core.train.run import Run
 
@@ -49,6 +48,7 @@ def take_step(run: Run, progress: Progress) -> None:
         LossNotFiniteError: it is the third in a row whose loss or gradient is not finite.
     """
     started = time.perf_counter()
+    run.memory.begin_step()
     config = run.config
     window = run.window(progress)
     rate = learning_rate_at(
@@ -65,6 +65,7 @@ def take_step(run: Run, progress: Progress) -> None:
         for group in run.optimizer.param_groups:
             group["lr"] = rate
         run.optimizer.step()
+    memory = run.memory.measure()
     run.optimizer.zero_grad(set_to_none=True)
 
     progress.step += 1
@@ -85,9 +86,10 @@ def take_step(run: Run, progress: Progress) -> None:
             learning_rate=rate,
             grad_norm=grad_norm if finite else None,
             tokens_per_s=sums.n_tokens / step_time_s,
+            mfu=_utilization(run, window, sums, step_time_s),
             trained_tokens=progress.trained_tokens,
             step_time_s=step_time_s,
-            memory=measured_memory(run.model.device),
+            memory=memory,
         )
     )
     if progress.not_finite_in_a_row > _NOT_FINITE_ALLOWED:
@@ -104,17 +106,11 @@ def accumulate(run: Run, window: Sequence[int]) -> WindowSums:
     losses: list[torch.Tensor] = []
     hits: list[torch.Tensor] = []
     n_tokens = 0
-    for group in group_by_tokens(
-        window,
-        run.dataset.lengths,
-        max_tokens=run.config.micro_batch_tokens,
-        pass_tokens=pass_tokens(run.model.device),
-    ):
-        batch = collate(run.dataset, group, pad_id=run.encoder.pad_id).to(run.model.device)
-        loss, n_correct = run.loss_of(batch)
-        (loss / n_trained).backward()
-        losses.append(loss.detach())
-        hits.append(n_correct)
+    for batch in run.batching.split(run.dataset, window):
+        found = run.loss_of(batch.to(run.model.device))
+        (found.loss / n_trained).backward()
+        losses.append(found.loss.detach())
+        hits.append(found.n_correct)
         n_tokens += batch.n_tokens
     # Read once for the whole window: each reading waits for the device.
     loss_sum, correct_sum = float(torch.stack(losses).sum()), int(torch.stack(hits).sum())
@@ -128,6 +124,17 @@ def _count(sums: WindowSums, progress: Progress) -> None:
     progress.epoch_tokens += sums.n_trained
     progress.step_loss = sums.loss / sums.n_trained
     progress.step_accuracy = sums.n_correct / sums.n_trained
+
+
+def _utilization(
+    run: Run, window: Sequence[int], sums: WindowSums, step_time_s: float
+) -> float | None:
+    """Return the share of the device's peak that the step's operations made use of."""
+    if run.peak_flops_per_s is None:
+        return None
+    lengths = [run.dataset.lengths[index] for index in window]
+    flops = training_flops(run.shapes, lengths, sums.n_trained)
+    return flops / step_time_s / run.peak_flops_per_s
 
 
 def _report_skipped(

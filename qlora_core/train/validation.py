@@ -25,13 +25,7 @@ def validate(run: Run, progress: Progress) -> None:
     """Measure the whole validation set, tell its figures, and note whether they are the best so far."""
     if run.validation is None:
         return
-    loss, accuracy = evaluate(
-        run.model,
-        run.loss_of,
-        run.validation,
-        micro_batch_tokens=run.config.micro_batch_tokens,
-        pad_id=run.encoder.pad_id,
-    )
+    loss, accuracy = evaluate(run.model, run.loss_of, run.validation, batching=run.batching)
     finite = math.isfinite(loss)
     progress.valid_loss, progress.valid_accuracy = (loss, accuracy) if finite else (None, None)
     is_best = False

@@ -77,9 +77,10 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "cohere2": lambda: Cohere2Config(**SIZES, logit_scale=0.25, sliding_window=5),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
     "gpt2": lambda: GPT2Config(
-        vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64
+        vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=64,
+        embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0,
     ),
-    "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16),
+    "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16, dropout=0.0),
     "falcon": lambda: FalconConfig(**SIZES, alibi=False),
     "falcon with alibi": lambda: FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False),
     "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, n_layer=2, n_head=4),

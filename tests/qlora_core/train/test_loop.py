@@ -251,8 +251,8 @@ def test_gradients_are_clipped_to_the_norm(
 
 
 def _spoil_steps(model: PreTrainedModel, steps: set[int], value: float = float("nan")) -> None:
-    """Make the hidden states of some training forward passes (counted from 1) not finite."""
-    seen = {"passes": 0}
+    """Make the hidden states of some steps' forward passes (counted from 1) not finite."""
+    seen = {"passes": -1}  # the first one is the trial before the first step
 
     def hook(module: Any, _: Any, output: Any) -> Any:
         if not module.training:

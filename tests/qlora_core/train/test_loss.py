@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +39,15 @@ def _batch() -> tuple[Batch, torch.Tensor]:
     labels[1, 3:9] = ids[1, 3:9]
     ids[1, 9:] = 0
     places = (labels != -100).view(-1).nonzero().squeeze(1)
-    return Batch(ids, places - 1, ids.view(-1)[places], 22), labels
+    batch = Batch(
+        input_ids=ids,
+        positions=places - 1,
+        targets=ids.view(-1)[places],
+        examples=(0, 1),
+        trained_ends=torch.tensor([8, 14]),
+        n_tokens=22,
+    )
+    return batch, labels
 
 
 def _gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -74,7 +83,7 @@ def test_loss_and_gradients_are_those_of_transformers(
     expected, gradients = _expected(model, scale=3.0)
     loss_of = SupervisedLoss(model)
 
-    loss, _ = loss_of(batch)
+    loss = loss_of(batch).loss
     (3 * loss / len(batch.targets)).backward()
 
     assert loss_of.chunked
@@ -94,7 +103,7 @@ def test_a_trained_head_gets_its_gradient_from_the_chunks(
     _, gradients = _expected(model)
     loss_of = SupervisedLoss(model)
 
-    loss, _ = loss_of(batch)
+    loss = loss_of(batch).loss
     (loss / len(batch.targets)).backward()
 
     assert loss_of.chunked
@@ -106,7 +115,7 @@ def test_a_head_alone_can_be_trained() -> None:
     model.get_output_embeddings().requires_grad_(True)
     _, gradients = _expected(model)
 
-    (SupervisedLoss(model)(batch)[0] / len(batch.targets)).backward()
+    (SupervisedLoss(model)(batch).loss / len(batch.targets)).backward()
 
     _assert_same_gradients(_gradients(model), gradients)
 
@@ -119,7 +128,7 @@ def test_a_bfloat16_head_sums_its_gradient_in_float32(monkeypatch: pytest.Monkey
     head.to(torch.bfloat16)
     model.model.norm.register_forward_hook(lambda *args: args[2].to(torch.bfloat16))
 
-    (SupervisedLoss(model)(batch)[0] / len(batch.targets)).backward()
+    (SupervisedLoss(model)(batch).loss / len(batch.targets)).backward()
 
     # Fourteen terms; each rounded to bfloat16 once, and their sum once.
     assert (head.weight.grad.float() - exact).norm() <= 0.01 * exact.norm()
@@ -132,9 +141,24 @@ def test_accuracy_counts_the_likeliest_tokens() -> None:
     best = logits.argmax(-1)
     targets = torch.where(torch.arange(len(best)) % 3 == 0, best, (best + 1) % VOCABULARY)
 
-    _, n_correct = SupervisedLoss(model)(Batch(batch.input_ids, batch.positions, targets, 22))
+    found = SupervisedLoss(model)(replace(batch, targets=targets))
 
-    assert int(n_correct) == (len(best) + 2) // 3
+    assert int(found.n_correct) == (len(best) + 2) // 3
+
+
+@pytest.mark.parametrize("chunk_tokens", [1024, 3])
+def test_tells_the_loss_of_each_example(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_CHUNK_TOKENS", chunk_tokens)
+    model, (batch, labels) = _model("llama"), _batch()
+    expected = [
+        functional.cross_entropy(logits[:-1], row[1:], ignore_index=-100, reduction="sum")
+        for logits, row in zip(model(input_ids=batch.input_ids).logits, labels, strict=True)
+    ]
+
+    found = SupervisedLoss(model)(batch)
+
+    torch.testing.assert_close(found.example_losses, torch.stack(expected))
+    assert not found.example_losses.requires_grad
 
 
 def test_a_head_that_cannot_be_told_from_its_decoder_is_taken_with_full_logits() -> None:
@@ -149,7 +173,7 @@ def test_a_head_that_cannot_be_told_from_its_decoder_is_taken_with_full_logits()
     model.forward = strange
     loss_of = SupervisedLoss(model)
 
-    loss, _ = loss_of(batch)
+    loss = loss_of(batch).loss
 
     assert not loss_of.chunked
     logits = model(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.positions]
@@ -196,7 +220,7 @@ def test_full_logits_never_exist(
     loss_of = SupervisedLoss(model)
 
     with torch.set_grad_enabled(training), _LogitRows(head.weight.shape[1]) as logits:
-        loss, _ = loss_of(batch)
+        loss = loss_of(batch).loss
         if training:
             loss.backward()
 

@@ -1,0 +1,73 @@
+"""The largest micro-batch is tried before the first step, and leaves no trace in what follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from qlora_core import Dataset, TextEncoder, TrainConfig, train
+from qlora_core.errors import OutOfMemoryError
+from qlora_core.nn import LoraConfig
+from qlora_core.train import Event
+from qlora_core.train.rehearsal import rehearse
+from qlora_core.train.run import Run, prepare
+
+
+@pytest.fixture
+def prepared(
+    load: Callable[[], PreTrainedModel],
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+    tmp_path: Path,
+) -> Run:
+    settings = config(lora=LoraConfig(r=4, dropout=0.3), gradient_checkpointing=True)
+    return prepare(
+        load(), encoder, make_dataset(9), settings, lambda _: None, output_dir=tmp_path,
+        validation=None, sample_prompts=(), base_model=None,
+    )  # fmt: skip
+
+
+def test_it_changes_neither_weights_nor_moments_nor_random_states(prepared: Run) -> None:
+    before = [parameter.detach().clone() for parameter in prepared.parameters]
+    state = torch.random.get_rng_state()
+
+    rehearse(prepared)
+
+    assert all(map(torch.equal, before, prepared.parameters))
+    assert all(parameter.grad is None for parameter in prepared.parameters)
+    assert not prepared.optimizer.state
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert prepared.model.training
+
+
+def test_what_does_not_fit_is_told_before_the_first_step(
+    load: Callable[[], PreTrainedModel],
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    dataset = make_dataset(12)
+    longest = max(dataset.lengths)
+    model, events = load(), list[Event]()
+
+    def exhausted(module: Any, inputs: Any) -> None:
+        if module.training and inputs[0].shape[1] == longest:
+            torch.empty(2**62, dtype=torch.uint8)
+
+    model.get_submodule("model.norm").register_forward_pre_hook(exhausted)
+
+    with pytest.raises(OutOfMemoryError) as raised:
+        train(
+            model, encoder, dataset, config(micro_batch_tokens=longest), events.append,
+            output_dir=tmp_path,
+        )  # fmt: skip
+
+    assert f"in a trial of the largest micro-batch, 1 x {longest} tokens" in raised.value.message
+    assert events == []
