@@ -56,6 +56,8 @@ class StepMetrics(Event):
             made use of (`flops`); None where the peak is not known, as on a CPU.
         trained_tokens: of the whole run so far.
         memory: bytes by kind (`memory.MemoryMeter`).
+        highest_losses: the step's three examples with the highest mean loss per trained token, highest
+            first: each ``{"example": its number in the dataset, from 0, "loss": in nats}``.
     """
 
     kind = "step_metrics"
@@ -71,6 +73,7 @@ class StepMetrics(Event):
     trained_tokens: int
     step_time_s: float
     memory: Mapping[str, int]
+    highest_losses: Sequence[Mapping[str, int | float]] = ()
 
 
 @dataclass(frozen=True)

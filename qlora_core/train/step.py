@@ -22,6 +22,8 @@ from qlora_core.train.progress import Progress
 from qlora_core.train.run import Run
 
 _NOT_FINITE_ALLOWED = 2
+# So many of a step's examples are told by name.
+_TOLD = 3
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,14 @@ class WindowSums:
         n_correct: trained tokens that were predicted right.
         n_trained: trained tokens, at least 1.
         n_tokens: real tokens, trained or not.
+        example_losses: of each example the mean per trained token, in nats.
     """
 
     loss: float
     n_correct: int
     n_trained: int
     n_tokens: int
+    example_losses: dict[int, float]
 
 
 def take_step(run: Run, progress: Progress) -> None:
@@ -74,7 +78,7 @@ def take_step(run: Run, progress: Progress) -> None:
     if finite:
         _count(sums, progress)
     else:
-        _report_skipped(run, window, progress, sums.loss, grad_norm)
+        _report_skipped(run, progress, sums, grad_norm)
     step_time_s = time.perf_counter() - started
     run.sink(
         StepMetrics(
@@ -90,6 +94,7 @@ def take_step(run: Run, progress: Progress) -> None:
             trained_tokens=progress.trained_tokens,
             step_time_s=step_time_s,
             memory=memory,
+            highest_losses=_highest(sums.example_losses),
         )
     )
     if progress.not_finite_in_a_row > _NOT_FINITE_ALLOWED:
@@ -105,16 +110,29 @@ def accumulate(run: Run, window: Sequence[int]) -> WindowSums:
     n_trained = sum(run.dataset.trained_counts[index] for index in window)
     losses: list[torch.Tensor] = []
     hits: list[torch.Tensor] = []
+    of_examples: list[torch.Tensor] = []
+    examples: list[int] = []
     n_tokens = 0
     for batch in run.batching.split(run.dataset, window):
         found = run.loss_of(batch.to(run.model.device))
         (found.loss / n_trained).backward()
         losses.append(found.loss.detach())
         hits.append(found.n_correct)
+        of_examples.append(found.example_losses)
+        examples += batch.examples
         n_tokens += batch.n_tokens
-    # Read once for the whole window: each reading waits for the device.
-    loss_sum, correct_sum = float(torch.stack(losses).sum()), int(torch.stack(hits).sum())
-    return WindowSums(loss_sum, correct_sum, n_trained, n_tokens)
+    # Read at the end of the window: each reading waits for the device.
+    sums: list[float] = torch.cat(of_examples).tolist()
+    return WindowSums(
+        loss=float(torch.stack(losses).sum()),
+        n_correct=int(torch.stack(hits).sum()),
+        n_trained=n_trained,
+        n_tokens=n_tokens,
+        example_losses={
+            index: value / run.dataset.trained_counts[index]
+            for index, value in zip(examples, sums, strict=True)
+        },
+    )
 
 
 def _count(sums: WindowSums, progress: Progress) -> None:
@@ -137,16 +155,20 @@ def _utilization(
     return flops / step_time_s / run.peak_flops_per_s
 
 
-def _report_skipped(
-    run: Run, window: Sequence[int], progress: Progress, loss_sum: float, grad_norm: float
-) -> None:
+def _highest(example_losses: dict[int, float]) -> list[dict[str, int | float]]:
+    """Return the examples with the highest finite losses, the highest first."""
+    finite = [(loss, -index) for index, loss in example_losses.items() if math.isfinite(loss)]
+    return [{"example": -index, "loss": loss} for loss, index in sorted(finite)[: -_TOLD - 1 : -1]]
+
+
+def _report_skipped(run: Run, progress: Progress, sums: WindowSums, grad_norm: float) -> None:
     progress.not_finite_in_a_row += 1
-    loss_is_wrong = not math.isfinite(loss_sum)
-    what, value = ("loss", loss_sum) if loss_is_wrong else ("gradient norm", grad_norm)
+    culprits = [i for i, loss in sums.example_losses.items() if not math.isfinite(loss)]
+    what, value = ("gradient norm", grad_norm) if math.isfinite(sums.loss) else ("loss", sums.loss)
     run.sink(
         Notice(
             "warn",
             f"Step {progress.step} was skipped: its {what} is {value}.",
-            {"step": progress.step, "examples": sorted(window)},
+            {"step": progress.step, "examples": sorted(culprits or sums.example_losses)},
         )
     )

@@ -286,6 +286,27 @@ def test_a_loss_that_is_not_finite_is_skipped_and_reported(
     assert all(value.isfinite().all() for value in _adapter(tmp_path / "adapter").values())
 
 
+def test_the_example_whose_loss_is_not_finite_is_named(
+    load: Load, encoder: TextEncoder, config: MakeConfig, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+    model, dataset = load(), make_dataset(4)
+    _spoil_steps(model, {2})  # a forward pass for each example, the longest first
+    longest_first = sorted(range(4), key=lambda index: (-dataset.lengths[index], index))
+
+    train(
+        model, encoder, dataset, config(n_epochs=1, micro_batch_tokens=1), events.append,
+        output_dir=tmp_path,
+    )  # fmt: skip
+
+    (notice,) = (event for event in events if isinstance(event, Notice))
+    assert notice.data == {"step": 1, "examples": [longest_first[1]]}
+    (step,) = _steps(events)
+    assert {told["example"] for told in step.highest_losses} == {
+        index for index in range(4) if index != longest_first[1]
+    }
+
+
 def test_three_losses_in_a_row_that_are_not_finite_fail_the_run(
     load: Load, encoder: TextEncoder, config: MakeConfig, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:

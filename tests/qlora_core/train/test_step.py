@@ -128,6 +128,30 @@ def test_a_step_tells_the_figures_of_its_window(prepared: Prepare) -> None:
     assert step.mfu * step.step_time_s * 1e9 == pytest.approx(flops)
 
 
+@pytest.mark.parametrize("settings", [{}, {"packing": False}, {"micro_batch_tokens": 1}], ids=str)
+def test_the_examples_with_the_highest_losses_are_named(
+    settings: dict[str, Any], prepared: Prepare
+) -> None:
+    run, events = prepared(**settings)
+    window = run.window(Progress())
+    losses: dict[int, float] = {}
+    for index in window:
+        ids, trained = run.dataset.example(index)
+        labels = torch.where(trained, ids.long(), -100)[None]
+        with torch.no_grad():
+            losses[index] = float(run.model(input_ids=ids.long()[None], labels=labels).loss)  # pyright: ignore[reportCallIssue]
+
+    take_step(run, Progress())
+
+    (step,) = events
+    assert isinstance(step, StepMetrics)
+    expected = sorted(window, key=lambda index: -losses[index])[:3]
+    assert [told["example"] for told in step.highest_losses] == expected
+    assert [told["loss"] for told in step.highest_losses] == pytest.approx(
+        [losses[index] for index in expected], rel=1e-5
+    )
+
+
 def test_a_cpu_has_no_utilization(prepared: Prepare) -> None:
     run, events = prepared()
 
