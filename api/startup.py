@@ -19,7 +19,6 @@ from service.queue import background
 log = get_logger(__name__)
 
 _RETRY_S = 1.0
-_STALE_UPLOAD_S = 24 * 3600.0
 
 
 def start_background(state: State) -> Callable[[], None]:
@@ -29,7 +28,6 @@ def start_background(state: State) -> Callable[[], None]:
         threading.Thread(
             target=_set_up_later, args=(state, stopping), name="first-key", daemon=True
         ).start()
-    state.storage.sweep(older_than_s=_STALE_UPLOAD_S)
     stop_queue = background.start(state.settings, state.sessions)
     stop_purge = purge.start(state.sessions, state.storage)
 

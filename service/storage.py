@@ -6,6 +6,7 @@ our own writer, since obstore's does not sync); a multipart upload elsewhere. Bl
 
 import asyncio
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -173,13 +174,21 @@ class Storage:
         return None if self._folder is None else shutil.disk_usage(self._folder).free
 
     def sweep(self, *, older_than_s: float) -> int:
-        """Remove what uploads cut off by a crash left behind, and return how many pieces that were."""
+        """Remove what writers left behind whose process died, and return how many pieces that were.
+
+        Args:
+            older_than_s: what was written to since is left alone, as is all that a living writer holds.
+        """
         if self._folder is None:
             return 0
         limit = time.time() - older_than_s
         swept = 0
         for path in (self._folder / _PARTIAL).iterdir():
-            with suppress(FileNotFoundError):  # another process has just made a blob of it
+            with (
+                suppress(OSError),
+                path.open("r+b") as file,
+            ):  # another process may end it meanwhile
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if path.stat().st_mtime < limit:
                     path.unlink()
                     swept += 1
@@ -187,7 +196,10 @@ class Storage:
 
 
 class _LocalWriter:
-    """Writes beside the blobs, then syncs and renames. The lock holds off an abort while a thread still writes."""
+    """Writes beside the blobs, then syncs and renames.
+
+    The thread's lock holds off an abort while a thread still writes; the file's says that the writer lives.
+    """
 
     def __init__(self, folder: Path, key: str) -> None:
         self._path = folder / key
@@ -214,9 +226,9 @@ class _LocalWriter:
         with self._lock, _disk_errors():
             file = self._open()
             os.fsync(file.fileno())
-            file.close()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._partial.replace(self._path)
+            file.close()  # and unlocks it: not before it has its place
             _sync_folder(self._path.parent)
             self._ended = True
 
@@ -232,6 +244,8 @@ class _LocalWriter:
             raise ValueError("this blob's writer has been closed")
         if self._file is None:
             self._file = self._partial.open("xb", buffering=0)
+            with suppress(OSError):  # a file system without locks: nothing is ever swept there
+                fcntl.flock(self._file, fcntl.LOCK_SH)
         return self._file
 
 

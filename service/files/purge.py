@@ -1,4 +1,4 @@
-"""Removing the bytes of deleted and expired files, once no live job needs them.
+"""Removing the bytes of deleted and expired files, once no live job needs them, and what cut off uploads left.
 
 Not in the request that deletes: a job that is being created may have just looked at the file. Any number of API
 processes may do this at once; each skips the rows another one has locked.
@@ -24,6 +24,8 @@ EVERY_S = 30.0
 GRACE = timedelta(seconds=60)
 """Longer than creating a job takes."""
 _BATCH = 100
+_LEFT_S = 600.0
+"""How old what a killed process left of an upload gets; long after a new one has been locked by its writer."""
 
 
 def start(sessions: sessionmaker[Session], storage: Storage) -> Callable[[], None]:
@@ -51,7 +53,11 @@ def start(sessions: sessionmaker[Session], storage: Storage) -> Callable[[], Non
 
 
 def run_once(sessions: sessionmaker[Session], storage: Storage, *, grace: timedelta = GRACE) -> int:
-    """Hide what has expired, remove the bytes of what has been hidden for `grace`, and return how many blobs went."""
+    """Hide what has expired, remove the bytes of what has been hidden for `grace`, and return how many blobs went.
+
+    What cut off uploads left is removed, too.
+    """
+    storage.sweep(older_than_s=_LEFT_S)
     with transaction(sessions) as session:
         repository.hide_expired(session)
     removed = 0

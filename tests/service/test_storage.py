@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NoReturn
@@ -226,6 +228,41 @@ def test_only_what_was_cut_off_long_ago_is_swept(tmp_path: Path) -> None:
     swept = storage.sweep(older_than_s=50)
 
     assert (swept, list(partial.iterdir())) == (1, [new])
+
+
+WRITE_UNTIL_KILLED = """
+import asyncio, sys
+from pathlib import Path
+from service.settings import Settings
+from service.storage import Storage
+
+async def main():
+    writer = Storage.open(Settings(_env_file=None, data_dir=Path(sys.argv[1]))).writer("files/a")
+    await writer.write(b"half of it")
+    print("written", flush=True)
+    await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+def test_a_slow_upload_is_left_alone_and_swept_once_its_process_was_killed(tmp_path: Path) -> None:
+    storage = local(tmp_path)
+    partial = tmp_path / "blobs" / ".partial"
+    command = [sys.executable, "-c", WRITE_UNTIL_KILLED, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"written\n"
+        (left,) = partial.iterdir()
+        os.utime(left, (0, 0))  # as if nothing had come for years
+
+        while_it_lives = storage.sweep(older_than_s=50)
+        writer.kill()
+        writer.wait()
+        after = storage.sweep(older_than_s=50)
+
+    assert (while_it_lives, after) == (0, 1)
+    assert list(partial.iterdir()) == []
 
 
 def test_what_goes_while_it_is_looked_at_is_nothing_to_sweep(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A deleted file's bytes outlive its visibility for as long as a live job needs them, and no longer."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -139,3 +140,15 @@ def test_the_loop_ends_when_told(sessions: sessionmaker[Session], storage: Stora
     stop = purge.start(sessions, storage)
 
     stop()
+
+
+def test_a_pass_removes_what_an_upload_left_whose_process_was_killed(
+    settings: Settings, storage: Storage, sessions: sessionmaker[Session]
+) -> None:
+    left = settings.data_dir / "blobs" / ".partial" / "left"
+    left.write_bytes(b"half of it")
+    os.utime(left, (0, 0))
+
+    purge.run_once(sessions, storage)
+
+    assert not left.exists()
