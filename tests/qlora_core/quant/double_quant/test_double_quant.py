@@ -126,5 +126,5 @@ def test_dequantizing_refuses_parts_that_do_not_belong_together() -> None:
 
 
 def test_finite_scales_whose_mean_is_beyond_float32_are_refused() -> None:
-    with pytest.raises(NonFiniteError, match="mean of scales of x is beyond float32.*=False"):
+    with pytest.raises(NonFiniteError, match=r"mean of scales of x is beyond float32.*=False"):
         ops.quantize_absmax(torch.full((4,), 3e38), name="scales of x")
