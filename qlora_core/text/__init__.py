@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from qlora_core.text.check import check_dataset, scan_dataset
 from qlora_core.text.encoder import EncodedExample, TextEncoder
-from qlora_core.text.formats import ChatExample, CompletionExample, ExampleError, parse_example
+from qlora_core.text.formats import (
+    ChatExample,
+    CompletionExample,
+    ExampleError,
+    TextExample,
+    parse_example,
+)
 from qlora_core.text.report import DatasetProblem, DatasetReport, LineError
 from qlora_core.text.template import ChatTemplate, TemplateError
 
@@ -23,6 +29,7 @@ __all__ = [
     "LineError",
     "TemplateError",
     "TextEncoder",
+    "TextExample",
     "check_dataset",
     "parse_example",
     "scan_dataset",

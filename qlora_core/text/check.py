@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from qlora_core.text.encoder import EncodedExample, TextEncoder
-from qlora_core.text.formats import ChatExample, ExampleError, parse_example, shortened
+from qlora_core.text.example_error import ExampleError, shortened
+from qlora_core.text.formats import ChatExample, parse_example
 from qlora_core.text.report import DatasetFormat, DatasetProblem, DatasetReport, LineError
 from qlora_core.text.template import TemplateError
 

@@ -6,28 +6,35 @@ follows from character spans, never from searching ids. Templates write their ow
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 
 from qlora_core.text.files import TextFiles, read_text_files
 from qlora_core.text.formats import (
     ChatExample,
     CompletionExample,
     ExampleError,
+    TextExample,
     messages_for_template,
     parse_example,
 )
+from qlora_core.text.refusals import checked_unicode, refuse_tokens, refuse_unwritten_tools
 from qlora_core.text.spans import Span, assistant_spans
+from qlora_core.text.special_tokens import (
+    find_forbidden_tokens,
+    find_prefix_ids,
+    find_stop_ids,
+    find_turn_ends,
+)
 from qlora_core.text.template import ChatTemplate, TemplateError
 
 Message = Mapping[str, Any]
-
-_PROBE_ANSWER = "probed answer"
 
 
 @dataclass(frozen=True)
@@ -52,8 +59,14 @@ class EncodedExample:
 class TextEncoder:
     """Renders, tokenizes and masks for one base model; safe to share between threads.
 
+    Args:
+        files: of the model's folder.
+        folder: where they were read from, None where they were not.
+        now: the time that a template may print, in seconds since the epoch; the present one if not given. It stands
+            still for as long as the encoder is used, so that every example shows the same date.
+
     Attributes:
-        folder: where it was read from, None where it was not.
+        folder, now: as given.
         eos_id, bos_id: of the named tokens, None where the model names none.
         pad_id: of the pad token, else of EOS, else 0. Padding never carries loss or attention.
         stop_ids: ids that end an answer: EOS, those of ``generation_config.json`` and ``config.json``, and
@@ -62,11 +75,14 @@ class TextEncoder:
         context_length: ``max_position_embeddings``, None where ``config.json`` does not say.
     """
 
-    def __init__(self, files: TextFiles, *, folder: Path | None = None) -> None:
+    def __init__(
+        self, files: TextFiles, *, folder: Path | None = None, now: float | None = None
+    ) -> None:
         self.folder = folder
+        self.now = time.time() if now is None else now
         self._named_tokens = files.named_tokens
         self._tokenizer = files.tokenizer
-        self._prefix_ids = _prefix_ids(files.tokenizer)
+        self._prefix_ids = find_prefix_ids(files.tokenizer)
         # Its only work left here would be to trim spaces from offsets, and the mask needs them whole.
         self._tokenizer.post_processor = None  # type: ignore[assignment]
         self._tokenizer.no_padding()
@@ -78,15 +94,23 @@ class TextEncoder:
         self.context_length = files.context_length
         self.vocab_size = max(files.vocab_size or 0, self._tokenizer.get_vocab_size())
         self._templates = {
-            name: ChatTemplate(source, files.named_tokens)
+            name: ChatTemplate(source, files.named_tokens, now=self.now)
             for name, source in files.templates.items()
         }
-        self.stop_ids = self._find_stop_ids(files.stop_ids)
-        self._forbidden = self._find_forbidden_tokens()
+        declared = files.stop_ids | (frozenset() if self.eos_id is None else {self.eos_id})
+        self.stop_ids = find_stop_ids(
+            self._tokenizer, self._probe, declared, vocab_size=self.vocab_size
+        )
+        self._turn_ends = find_turn_ends(self._tokenizer, self._probe, self.stop_ids)
+        self._forbidden = find_forbidden_tokens(self._tokenizer, self._probe, self.stop_ids)
 
     @classmethod
-    def from_folder(cls, model_folder: Path | str) -> TextEncoder:
+    def from_folder(cls, model_folder: Path | str, *, now: float | None = None) -> TextEncoder:
         """Read a model folder's tokenizer files.
+
+        Args:
+            model_folder: holds ``tokenizer.json`` and its like.
+            now: what templates take for the present time; see the class.
 
         Raises:
             ModelNotFound: there is no such folder.
@@ -94,7 +118,7 @@ class TextEncoder:
             TemplateError: a chat template is not valid jinja.
         """
         folder = Path(model_folder)
-        return cls(read_text_files(folder), folder=folder)
+        return cls(read_text_files(folder), folder=folder, now=now)
 
     @property
     def has_chat_template(self) -> bool:
@@ -118,15 +142,17 @@ class TextEncoder:
 
     def encode(
         self,
-        example: Mapping[str, Any] | ChatExample | CompletionExample,
+        example: Mapping[str, Any] | ChatExample | CompletionExample | TextExample,
         *,
         context_length: int,
+        train_on_inputs: bool = False,
     ) -> EncodedExample:
         """Tokenize one example and mark what is trained.
 
         Args:
             example: a decoded line of a dataset file, or what ``parse_example`` made of it.
             context_length: tokens; what is longer is cut at its end.
+            train_on_inputs: train the prompt, too: every token but those of assistant messages of weight 0.
 
         Raises:
             ExampleError: the example is malformed, holds a special token, or cannot be masked exactly.
@@ -135,9 +161,12 @@ class TextEncoder:
         if isinstance(example, Mapping):
             example = parse_example(example)
         if isinstance(example, ChatExample):
-            ids, trained = self._encode_chat(example)
-        else:
+            ids, trained = self._encode_chat(example, train_on_inputs=train_on_inputs)
+        elif isinstance(example, CompletionExample):
             ids, trained = self._encode_completion(example)
+            trained = [True] * len(ids) if train_on_inputs else trained
+        else:
+            ids, trained = self._encode_text(example)
         trained[0] = False
         kept = trained[:context_length]
         return EncodedExample(
@@ -156,73 +185,72 @@ class TextEncoder:
             TemplateError: there is no template, or it refuses the messages.
         """
         if isinstance(messages, str):
-            self._refuse_special_tokens([messages])
-            return [*self._prefix_ids, *self._ids(messages)] or [self.pad_id]
+            refuse_tokens(self._forbidden, [messages])
+            return [*self._prefix_ids, *self._encoding(messages).ids] or [self.pad_id]
         prepared = messages_for_template(messages)
-        self._refuse_special_tokens(prepared)
-        return self._ids(self.render(prepared, add_generation_prompt=True))
+        refuse_tokens(self._forbidden, prepared)
+        return self._encoding(self.render(prepared, add_generation_prompt=True)).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of token ids."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def _encode_chat(self, example: ChatExample) -> tuple[list[int], list[bool]]:
-        self._refuse_special_tokens(example.messages)
-        self._refuse_special_tokens(example.tools or ())
+    def _encode_chat(
+        self, example: ChatExample, *, train_on_inputs: bool
+    ) -> tuple[list[int], list[bool]]:
+        refuse_tokens(self._forbidden, example.messages)
+        refuse_tokens(self._forbidden, example.tools or ())
+        wanted = example.trained
+        if train_on_inputs:  # then those are located that are not trained, too
+            wanted = tuple(message["role"] == "assistant" for message in example.messages)
         text, spans = assistant_spans(
-            self._template(example.tools),
-            list(example.messages),
-            example.trained,
-            tools=example.tools,
+            self._template(example.tools), list(example.messages), wanted, tools=example.tools
         )
-        encoding = self._tokenizer.encode(_checked_unicode(text), add_special_tokens=False)
+        refuse_unwritten_tools(example, text)
+        encoding = self._encoding(text)
         ids, offsets = encoding.ids, encoding.offsets
         if not ids:
             raise ExampleError("empty_example", "{example} renders to an empty text.")
-        trained = [False] * len(ids)
+        trained = [train_on_inputs] * len(ids)
+        ends_open = False
         for span in spans:
-            start, end = self._trained_range(span, ids, offsets)
-            trained[start:end] = [True] * (end - start)
-        ends_open = (
-            bool(spans) and spans[-1].end == len(text) and not self._ends_in_stop(ids, trained)
-        )
+            start, end = self._turn_tokens(span, ids, offsets)
+            is_trained = example.trained[span.message]
+            trained[start:end] = [is_trained] * (end - start)
+            closed = start < end and ids[end - 1] in self._turn_ends
+            ends_open = is_trained and span.end == len(text) and not closed
         if ends_open and self.eos_id is not None:
             # The template writes nothing after the last answer; without this the model never learns to stop.
             ids, trained = [*ids, self.eos_id], [*trained, True]
         return ids, trained
 
-    def _trained_range(
+    def _turn_tokens(
         self, span: Span, ids: list[int], offsets: list[tuple[int, int]]
     ) -> tuple[int, int]:
-        """Return the tokens of a span, up to and with the one that ends the turn."""
-        first = next((i for i, (_, end) in enumerate(offsets) if end > span.start), len(ids))
-        last = first
-        while last < len(ids) and offsets[last][0] < span.end:
-            last += 1
-        stops = [i for i in range(first, last) if ids[i] in self.stop_ids]
+        """Return the first token of a turn and the one after its last, which is the one that ends the turn."""
+        first = bisect_right(offsets, span.start, key=lambda offset: offset[1])
+        last = max(first, bisect_left(offsets, span.end, key=lambda offset: offset[0]))
+        ends = [i for i in range(first, last) if ids[i] in self._turn_ends]
         if not span.exact:
-            if not stops:
+            # What the message says may itself hold such tokens, between its parts.
+            ends = [i for i in ends if offsets[i][1] >= span.said_until]
+            if not ends:
                 raise ExampleError(
                     "template_not_prefix",
                     f"{{example}}, message {span.message + 1} cannot be masked: the chat template writes no "
                     "stop token after it, and writes it differently once other turns follow.",
                     f"messages[{span.message}]",
                 )
-            return first, stops[0] + 1
-        if stops:
-            return first, stops[-1] + 1
-        if last < len(ids) and ids[last] in self.stop_ids:
+            return first, ends[0] + 1
+        if ends:
+            return first, ends[-1] + 1
+        if last < len(ids) and ids[last] in self._turn_ends:
             last += 1  # GLM ends an answer with the next turn's header token
         return first, last
 
-    def _ends_in_stop(self, ids: list[int], trained: list[bool]) -> bool:
-        last = next((i for i in range(len(ids) - 1, -1, -1) if trained[i]), None)
-        return last is not None and ids[last] in self.stop_ids
-
     def _encode_completion(self, example: CompletionExample) -> tuple[list[int], list[bool]]:
-        self._refuse_special_tokens([example.prompt, example.completion])
-        text = _checked_unicode(example.prompt + example.completion)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        refuse_tokens(self._forbidden, [example.prompt, example.completion])
+        encoding = self._encoding(example.prompt + example.completion)
         boundary = len(example.prompt)
         ids = [*self._prefix_ids, *encoding.ids]
         trained = [False] * len(self._prefix_ids)
@@ -232,6 +260,24 @@ class TextEncoder:
         if not ids:
             raise ExampleError("empty_example", "{example} has no tokens.")
         return ids, trained
+
+    def _encode_text(self, example: TextExample) -> tuple[list[int], list[bool]]:
+        """Special tokens in a text are the writer's own: BOS and EOS are added where they are missing."""
+        encoding = self._encoding(example.text)
+        ids = encoding.ids
+        if ids[: len(self._prefix_ids)] != self._prefix_ids:
+            ids = [*self._prefix_ids, *ids]
+        if self.eos_id is not None and not self._ends_in_stop(example.text, encoding):
+            ids = [*ids, self.eos_id]
+        if not ids:
+            raise ExampleError("empty_example", "{example} has no tokens.")
+        return ids, [True] * len(ids)
+
+    def _ends_in_stop(self, text: str, encoding: Encoding) -> bool:
+        """Whether nothing but spaces follows a stop token."""
+        ids, offsets = encoding.ids, encoding.offsets
+        last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.stop_ids), None)
+        return last is not None and not text[offsets[last][1] :].strip()
 
     def _template(self, tools: Sequence[Any] | None) -> ChatTemplate:
         """Return the template for these messages: ``tool_use`` where there are tools and such a one."""
@@ -245,89 +291,19 @@ class TextEncoder:
             )
         return template
 
-    def _ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(_checked_unicode(text), add_special_tokens=False).ids
+    def _encoding(self, text: str) -> Encoding:
+        return self._tokenizer.encode(checked_unicode(text), add_special_tokens=False)
 
     def _named_id(self, name: str) -> int | None:
         token = self._named_tokens.get(name)
         return None if token is None else self._tokenizer.token_to_id(token)
 
-    def _find_stop_ids(self, declared: Iterable[int]) -> frozenset[int]:
-        stop_ids = {token_id for token_id in declared if token_id < self.vocab_size}
-        if self.eos_id is not None:
-            stop_ids.add(self.eos_id)
-        tail = self._probe([("user", "probed question"), ("assistant", _PROBE_ANSWER)])
-        if _PROBE_ANSWER in tail:
-            added = self._tokenizer.get_added_tokens_decoder()
-            ids = self._ids(tail.rpartition(_PROBE_ANSWER)[2])
-            stop_ids |= set([i for i in ids if i in added and not added[i].content.isspace()][:1])
-        return frozenset(stop_ids)
-
-    def _find_forbidden_tokens(self) -> re.Pattern[str] | None:
-        """Tokens that a dataset may not contain as text: with them, it could forge a turn.
-
-        These are the special tokens, and added tokens that the template writes around turns.
-        """
-        added = self._tokenizer.get_added_tokens_decoder()
-        rendered = self._probe([("user", "a"), ("assistant", "b"), ("user", "c")])
-        written = set(self._ids(rendered)) | self.stop_ids
-        tokens = [
-            token.content
-            for token_id, token in added.items()
-            if (token.special or token_id in written) and not token.content.isspace()
-        ]
-        longest_first = sorted((t for t in tokens if t), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-
-    def _probe(self, turns: Sequence[tuple[str, str]]) -> str:
+    def _probe(
+        self, turns: Sequence[tuple[str, str]], *, add_generation_prompt: bool = False
+    ) -> str:
         """Render a small conversation; an empty text where the template refuses it."""
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            return self.render([{"role": role, "content": content} for role, content in turns])
+            return self.render(messages, add_generation_prompt=add_generation_prompt)
         except TemplateError:
             return ""
-
-    def _refuse_special_tokens(self, value: object) -> None:
-        if self._forbidden is None:
-            return
-        for text in _strings(value):
-            found = self._forbidden.search(text)
-            if found:
-                raise ExampleError(
-                    "special_token",
-                    f"{{example}} message contains an invalid token: {found.group()}.",
-                )
-
-
-def _strings(value: object) -> Iterable[str]:
-    """Walk every string in decoded JSON, keys included: templates print both."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
-
-
-def _prefix_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return what the tokenizer writes before a plain text: BOS, or nothing."""
-    bare = tokenizer.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.encode("a", add_special_tokens=True).ids
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    return []
-
-
-def _checked_unicode(text: str) -> str:
-    """JSON can hold half of a surrogate pair, which is no character and cannot be tokenized."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ExampleError(
-            "invalid_unicode",
-            "{example} contains an unpaired surrogate (\\ud800-\\udfff), which is not a character.",
-        ) from error
-    return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-DatasetFormat = Literal["chat", "completion"]
+DatasetFormat = Literal["chat", "completion", "text"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ of the messages before it: ``full[len(render(m[:i], prompt)) : len(render(m[:i +
 Some templates write a turn differently once others follow (Qwen3 drops the reasoning of earlier turns),
 so that a prefix of the messages does not render to a prefix of the text. Then a boundary is found by
 changing what one message says and looking where the text changes; the turn is known to end at the first
-stop token before what the next message says. Where that does not settle it either, the example is
+token that ends turns after what it says, and before what the next message says. Where that does not settle it either, the example is
 refused: a mask is never guessed.
 """
 
@@ -22,7 +22,8 @@ from qlora_core.text.template import ChatTemplate, TemplateError
 
 Message = dict[str, Any]
 
-# Two, with different first letters: one of them differs from any content in its first letter.
+# Two, with different first and last letters: one of them differs from any content in its first letter, and one
+# in its last.
 _REPLACEMENTS = ("Azure", "Brown")
 
 
@@ -30,14 +31,15 @@ _REPLACEMENTS = ("Azure", "Brown")
 class Span:
     """Characters ``[start, end)`` of the text that one assistant message produced.
 
-    ``exact`` is False where ``end`` reaches into the next message's header; the turn then ends at the
-    first stop token inside the span.
+    ``exact`` is False where ``end`` reaches into the next message's header; the turn then ends with the
+    first token that ends turns and does itself not end before ``said_until``.
     """
 
     message: int
     start: int
     end: int
     exact: bool
+    said_until: int = 0
 
 
 def assistant_spans(
@@ -81,10 +83,10 @@ class _Conversation:
         end = self._prefix_end(index + 1)
         if end is not None and end >= start:
             return Span(index, start, end, exact=True)
-        overshoot = self._body_start(index + 1)
+        overshoot = self._words_start(index + 1)
         if overshoot is None or overshoot < start:
             raise _unlocated(index)
-        return Span(index, start, overshoot, exact=False)
+        return Span(index, start, overshoot, exact=False, said_until=self._words_end(index))
 
     def _start(self, index: int) -> int:
         """Return where the generation prompt of the messages before ``index`` ends."""
@@ -98,10 +100,24 @@ class _Conversation:
         before = self._prefix_end(index) if prompt else None
         if before is not None:
             return _shared_length(self.full, prompt)
-        start = self._body_start(index)
-        if start is None:
-            raise _unlocated(index)
-        return start
+        words = self._words_start(index)
+        end = None if words is None else self._prompt_end(index, prompt, latest=words)
+        if end is not None:
+            return end
+        message = self.messages[index]
+        if words is None or message.get("reasoning_content") or message.get("thinking"):
+            raise _unlocated(index)  # its reasoning may stand before its words, or not
+        return words
+
+    def _prompt_end(self, index: int, prompt: str, *, latest: int) -> int | None:
+        """Return where the text since the words of the message before is just how the prompt ends."""
+        said_before = self._words_end(index - 1) if index > 0 else 0
+        if not said_before:
+            return None
+        for end in range(latest, said_before, -1):
+            if prompt.endswith(self.full[said_before:end]):
+                return end
+        return None
 
     def _prefix_end(self, count: int) -> int | None:
         """Return how far the first ``count`` messages reach, None where they render differently."""
@@ -111,25 +127,32 @@ class _Conversation:
             return None
         return len(prefix) if prefix and self.full.startswith(prefix) else None
 
-    def _body_start(self, index: int) -> int | None:
-        """Return where what a message says begins: where the text changes with it.
+    def _words_start(self, index: int) -> int | None:
+        """Return where the words of a message begin: where the text changes with them. None where it has none."""
+        changed = self._changed(index)
+        return min((_shared_length(self.full, text) for text in changed), default=None)
 
-        None where that cannot be told: it says nothing, or its reasoning may be in the text or not.
-        """
+    def _words_end(self, index: int) -> int:
+        """Return where the words of a message end: after them the text does not change. 0 where it has none."""
+        changed = self._changed(index)
+        shared = [_shared_length(self.full[::-1], text[::-1]) for text in changed]
+        return max((len(self.full) - length for length in shared), default=0)
+
+    def _changed(self, index: int) -> list[str]:
+        """Render the conversation with other words (content or calls) in one message; nothing where it has none."""
         message = self.messages[index]
-        said = message.get("content") or message.get("tool_calls")
-        if not said or message.get("reasoning_content") or message.get("thinking"):
-            return None
+        if not (message.get("content") or message.get("tool_calls")):
+            return []
         other = {key: value for key, value in message.items() if key != "tool_calls"}
-        starts: list[int] = []
+        texts: list[str] = []
         for content in _REPLACEMENTS:
             changed = [*self.messages]
             changed[index] = {**other, "content": content}
             try:
-                starts.append(_shared_length(self.full, self._render(changed)))
+                texts.append(self._render(changed))
             except TemplateError:
-                return None
-        return min(starts)
+                return []
+        return texts
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         return self.template.render(

@@ -51,16 +51,19 @@ class ChatTemplate:
     Args:
         source: the jinja text.
         variables: what the template sees beside the messages: ``bos_token``, ``eos_token``, …
+        now: the time that the template may print, in seconds since the epoch; the present one if not given.
 
     Raises:
         TemplateError: ``source`` is not valid jinja.
     """
 
-    def __init__(self, source: str, variables: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, variables: Mapping[str, str], *, now: float | None = None
+    ) -> None:
         self.source = source
         self._variables = dict(variables)
         try:
-            self._template = _environment(time.localtime()).from_string(source)
+            self._template = _environment(time.localtime(now)).from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise TemplateError(f"The chat template is not valid jinja: {error}") from error
 

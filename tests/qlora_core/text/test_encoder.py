@@ -11,10 +11,15 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_core.errors import ModelNotFound, ModelUnsupported
 from qlora_core.text import ExampleError, TemplateError, TextEncoder
+from tests.qlora_core.text.conftest import TAGGED
 
 CONVERSATIONS: dict[str, Any] = json.loads(
     (Path(__file__).parent / "conversations.json").read_text(encoding="utf-8")
 )
+
+
+# chatml knows no tools, and writes what it does know of such a conversation.
+UNWRITTEN = {("chatml", "agent")}
 
 
 def _trained_pieces(encoder: TextEncoder, example: dict[str, Any], context: int = 512) -> list[str]:
@@ -45,6 +50,8 @@ def test_ids_are_those_of_transformers(family: str, name: str, make_folder: Any)
         )
     except Exception:  # noqa: BLE001 - test_template covers refusals
         pytest.skip("the template refuses this conversation")
+    if (family, name) in UNWRITTEN:
+        pytest.skip("the template leaves the tools out")
 
     actual = encoder.encode(conversation, context_length=512)
 
@@ -54,10 +61,6 @@ def test_ids_are_those_of_transformers(family: str, name: str, make_folder: Any)
 MASKS = {
     ("chatml", "one turn"): ["The engine, the server and the client.<|im_end|>"],
     ("chatml", "two turns"): [
-        "  Because 'é' and 日本 🚀 are\n\n    indented  too.\n<|im_end|>",
-        "Nothing more.<|im_end|>",
-    ],
-    ("chatml_generation", "two turns"): [
         "  Because 'é' and 日本 🚀 are\n\n    indented  too.\n<|im_end|>",
         "Nothing more.<|im_end|>",
     ],
@@ -71,11 +74,10 @@ MASKS = {
         " Because 'é' and 日本 🚀 are\n\n    indented  too.</s>",
         " Nothing more.</s>",
     ],
-    # Tools and system prompt stand before the last question, so earlier prefixes are not prefixes;
-    # there a space that the template writes before an answer counts as prompt, if it is its own token.
+    # Tools and system prompt stand before the last question, so earlier prefixes are not prefixes.
     ("inst", "tool call"): [
         '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome", "unit": "°C"}}]</s>',
-        "It is 21 degrees.</s>",
+        " It is 21 degrees.</s>",
         " You are welcome.</s>",
     ],
     ("inst", "with a system prompt"): [" There are six.</s>", " api, worker, service.</s>"],
@@ -93,12 +95,36 @@ MASKS = {
         "It is 21 degrees.<|im_end|>",
         "<think>\n\n</think>\n\nYou are welcome.<|im_end|>",
     ],
+    # The reasoning of the turns before the last question is in no text.
+    ("thinking", "agent"): [
+        'One moment.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+        '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "Rome, by 14 degrees.<|im_end|>",
+        '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>',
+        "<think>\nas ever\n</think>\n\nIt rains.<|im_end|>",
+    ],
     # The prompt opens <think>, the turn does not show it.
     ("opened_thinking", "reasoning"): ["\n\nFour.</s>", "Seven.</s>"],
     # The next turn's header token is what ends an answer; the last one gets EOS.
     ("next_header", "two turns"): [
         "  Because 'é' and 日本 🚀 are\n\n    indented  too.\n<|user|>",
         "Nothing more.<|endoftext|>",
+    ],
+    # The answers before the last one end with another token; the reasoning is in the last one only, and holds that
+    # token, too.
+    ("channels", "two turns"): [
+        "<|channel|>final<|message|>  Because 'é' and 日本 🚀 are\n\n    indented  too.\n<|end|>",
+        "<|channel|>final<|message|>Nothing more.<|return|>",
+    ],
+    ("channels", "reasoning"): [
+        "<|channel|>final<|message|><think>\ntwo and two\n</think>\n\nFour.<|end|>",
+        "<|channel|>analysis<|message|>four and three<|end|><|start|>assistant"
+        "<|channel|>final<|message|>Seven.<|return|>",
+    ],
+    ("channels", "tool call"): [
+        '<|channel|>commentary to=weather<|message|>{"city": "Rome", "unit": "°C"}<|call|>',
+        "<|channel|>final<|message|>It is 21 degrees.<|end|>",
+        "<|channel|>final<|message|>You are welcome.<|return|>",
     ],
     # No stop token in the template at all.
     ("plain", "one turn"): ["The engine, the server and the client.\n\n</s>"],
@@ -116,17 +142,30 @@ def test_trains_the_assistant_turns_and_their_stop_tokens(
     assert actual == MASKS[family, name]
 
 
-def test_mask_is_that_of_transformers_where_the_template_marks_generation(make_folder: Any) -> None:
-    folder = make_folder("chatml_generation")
-    conversation = CONVERSATIONS["with a system prompt"]
-    expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
-        conversation["messages"], return_dict=True, return_assistant_tokens_mask=True
-    )
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("family", TAGGED)
+def test_ids_and_masks_are_those_of_transformers_where_the_template_marks_generation(
+    family: str, name: str, make_folder: Any
+) -> None:
+    # Where offsets leave out spaces, transformers loses the mask of an answer that begins with one.
+    folder = make_folder(family, tagged=True, adds_bos=True, trim_offsets=False)
+    conversation = CONVERSATIONS[name]
+    try:
+        expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
+            conversation["messages"], tools=conversation.get("tools"), return_dict=True,
+            return_assistant_tokens_mask=True,
+        )  # fmt: skip
+    except Exception:  # noqa: BLE001 - test_template covers refusals
+        pytest.skip("the template refuses this conversation")
 
-    actual = TextEncoder.from_folder(folder).encode(conversation, context_length=512)
+    if (family, name) in UNWRITTEN:
+        pytest.skip("the template leaves the tools out")
+    tagged = TextEncoder.from_folder(folder).encode(conversation, context_length=512)
+    plain = TextEncoder.from_folder(make_folder(family)).encode(conversation, context_length=512)
 
-    assert actual.input_ids == expected["input_ids"]
-    assert [int(trained) for trained in actual.trained] == expected["assistant_masks"]
+    assert tagged.input_ids == expected["input_ids"]
+    assert [int(trained) for trained in tagged.trained] == expected["assistant_masks"]
+    assert plain == tagged
 
 
 def test_weight_zero_is_context_and_not_trained(make_folder: Any) -> None:
@@ -194,6 +233,80 @@ def test_a_long_example_is_cut_at_its_end(make_folder: Any) -> None:
     assert cut.n_tokens_before == len(whole.input_ids)
 
 
+def _with_weights(name: str, *weights: int | None) -> dict[str, Any]:
+    example = json.loads(json.dumps(CONVERSATIONS[name]))
+    for message, weight in zip(example["messages"], weights, strict=True):
+        message["weight"] = weight
+    return example
+
+
+@pytest.mark.parametrize("family", ["chatml", "inst", "thinking"])
+def test_inputs_are_trained_too_where_that_is_asked_for(family: str, make_folder: Any) -> None:
+    encoder = TextEncoder.from_folder(make_folder(family))
+    example = CONVERSATIONS["with a system prompt"]
+
+    usual = encoder.encode(example, context_length=512)
+    whole = encoder.encode(example, context_length=512, train_on_inputs=True)
+
+    assert whole.input_ids == usual.input_ids
+    assert whole.trained == [False] + [True] * (len(usual.input_ids) - 1)
+    assert whole.n_trained_tokens == len(usual.input_ids) - 1
+
+
+def test_an_answer_of_weight_zero_is_not_trained_among_inputs_that_are(make_folder: Any) -> None:
+    encoder = TextEncoder.from_folder(make_folder("chatml"))
+    example = _with_weights("with a system prompt", None, None, 0, 0, 1)
+
+    encoded = encoder.encode(example, context_length=512, train_on_inputs=True)
+
+    dropped = [i for i, t in zip(encoded.input_ids, encoded.trained, strict=True) if not t]
+    assert encoder.decode(dropped[1:], skip_special_tokens=False) == "There are six.<|im_end|>"
+
+
+def test_inputs_that_are_trained_end_in_a_stop_token(make_folder: Any) -> None:
+    encoder = TextEncoder.from_folder(make_folder("plain"))
+
+    encoded = encoder.encode(CONVERSATIONS["one turn"], context_length=512, train_on_inputs=True)
+
+    assert encoded.input_ids[-1] == encoder.eos_id
+    assert encoded.trained[-1]
+
+
+def test_the_prompt_of_a_completion_is_trained_where_that_is_asked_for(make_folder: Any) -> None:
+    encoder = TextEncoder.from_folder(make_folder("headers", adds_bos=True))
+    example = {"prompt": "Q: packages?\nA:", "completion": " six"}
+
+    encoded = encoder.encode(example, context_length=512, train_on_inputs=True)
+
+    assert encoded.trained == [False] + [True] * (len(encoded.input_ids) - 1)
+
+
+TEXTS = {
+    "plain": ("Six packages.", "<|begin_of_text|>Six packages.<|eot_id|>"),
+    "with its own BOS": ("<|begin_of_text|>Six.", "<|begin_of_text|>Six.<|eot_id|>"),
+    "with its own stop token": ("Six.<|eot_id|>\n", "<|begin_of_text|>Six.<|eot_id|>\n"),
+    "rendered already": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHow many?<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nSix.<|eot_id|>",
+        None,
+    ),
+    "a stop token in the middle": ("Six.<|eot_id|>More", "<|begin_of_text|>Six.<|eot_id|>More<|eot_id|>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_is_trained_as_it_stands_with_one_bos_and_one_end(
+    name: str, make_folder: Any
+) -> None:
+    encoder = TextEncoder.from_folder(make_folder("headers", adds_bos=True))
+    text, expected = TEXTS[name]
+
+    encoded = encoder.encode({"text": text}, context_length=512)
+
+    assert encoder.decode(encoded.input_ids, skip_special_tokens=False) == (expected or text)
+    assert encoded.trained == [False] + [True] * (len(encoded.input_ids) - 1)
+
+
 @pytest.mark.parametrize("adds_bos", [False, True])
 def test_completion_trains_the_completion_and_eos(adds_bos: bool, make_folder: Any) -> None:
     encoder = TextEncoder.from_folder(make_folder("headers", adds_bos=adds_bos))
@@ -234,6 +347,21 @@ def test_an_example_that_the_assistant_opens_is_masked_from_its_first_word(
     pieces = _trained_pieces(encoder, {"messages": messages})
 
     assert pieces[0] == "Welcome.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "field"), [(("tools",), "messages[2].tool_calls"), ((), "tools[0]")]
+)
+def test_tools_that_the_template_would_leave_out_are_refused(
+    left_out: tuple[str, ...], field: str, make_folder: Any
+) -> None:
+    encoder = TextEncoder.from_folder(make_folder("chatml"))
+    example = {key: value for key, value in CONVERSATIONS["agent"].items() if key not in left_out}
+
+    with pytest.raises(ExampleError, match='"weather"') as raised:
+        encoder.encode(example, context_length=512)
+
+    assert (raised.value.code, raised.value.field) == ("tools_not_written", field)
 
 
 FORGERIES: list[dict[str, Any]] = [

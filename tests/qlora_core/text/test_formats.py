@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qlora_core.text import ChatExample, CompletionExample, ExampleError, parse_example
+from qlora_core.text import ChatExample, CompletionExample, ExampleError, TextExample, parse_example
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -65,7 +65,9 @@ BAD: list[tuple[dict[str, Any], str, str | None, str]] = [
     ({"prompt": "a", "completion": ""}, "empty_completion", "completion", "empty"),
     ({}, "unexpected_format", None,
      "Unexpected file format, expected either prompt/completion pairs or chat messages."),
-    ({"text": "a"}, "unexpected_format", None, "Unexpected file format"),
+    ({"text": ["a"]}, "wrong_type", "text", "must be a string, not a list"),
+    ({"text": ""}, "empty_text", "text", "empty"),
+    ({"txt": "a"}, "unexpected_format", None, "Unexpected file format"),
     ({"input": {}, "preferred_output": [], "non_preferred_output": []}, "unexpected_format", None, "dpo"),
 ]  # fmt: skip
 
@@ -112,3 +114,9 @@ def test_completion_pairs_keep_their_spaces() -> None:
     example = parse_example({"prompt": "", "completion": "  x ", "id": 7})
 
     assert example == CompletionExample("", "  x ")
+
+
+def test_a_text_is_taken_as_it_is() -> None:
+    example = parse_example({"text": " x\n", "source": "somewhere"})
+
+    assert example == TextExample(" x\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from qlora_core.text import ChatTemplate, TemplateError, TextEncoder
+from tests.qlora_core.text.conftest import TAGGED
 
 CONVERSATIONS: dict[str, Any] = json.loads(
     (Path(__file__).parent / "conversations.json").read_text(encoding="utf-8")
 )
-FAMILIES = ["chatml", "chatml_generation", "headers", "inst", "turns", "thinking", "opened_thinking",
-            "next_header", "plain", "turns_only_at_the_end"]  # fmt: skip
+FAMILIES = ["chatml", "headers", "inst", "turns", "thinking", "opened_thinking", "next_header", "channels",
+            "plain", "turns_only_at_the_end"]  # fmt: skip
 
 
 def _expected(folder: Path, conversation: dict[str, Any], **options: Any) -> Any:
@@ -53,6 +55,38 @@ def test_renders_as_transformers_does(
         conversation["messages"], tools=conversation.get("tools"), add_generation_prompt=prompt
     )
     assert actual == expected
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("family", TAGGED)
+def test_generation_tags_change_nothing_that_is_rendered(
+    family: str, name: str, make_folder: Any
+) -> None:
+    conversation = CONVERSATIONS[name]
+    encoders = [
+        TextEncoder.from_folder(make_folder(family, tagged=tagged)) for tagged in (False, True)
+    ]
+
+    texts: list[str | None] = []
+    for encoder in encoders:
+        try:
+            texts.append(encoder.render(conversation["messages"], tools=conversation.get("tools")))
+        except TemplateError:
+            texts.append(None)
+
+    assert texts[0] == texts[1]
+
+
+def test_the_time_stands_still(make_folder: Any) -> None:
+    folder = make_folder("headers")
+    messages = [{"role": "user", "content": "hi"}]
+
+    then = TextEncoder.from_folder(folder, now=1_700_000_000.0)
+    now = TextEncoder.from_folder(folder)
+
+    date = time.strftime("%d %b %Y", time.localtime(1_700_000_000.0))
+    assert f"Today: {date}" in then.render(messages)
+    assert TextEncoder.from_folder(folder, now=now.now).render(messages) == now.render(messages)
 
 
 @pytest.mark.parametrize(
