@@ -5,6 +5,7 @@ use the file; here only the first line has to look like JSONL, so that a wrong f
 """
 
 import asyncio
+import codecs
 import hashlib
 import json
 import re
@@ -219,6 +220,7 @@ class FirstLine:
 
     def __init__(self) -> None:
         self._number = 1
+        self._start: bytes | None = b""
         self._line: bytearray = bytearray()
         self.is_whole = False
 
@@ -226,6 +228,11 @@ class FirstLine:
         """Look at the next bytes of the file."""
         if self.is_whole:
             return
+        if self._start is not None:  # a byte order mark may come in pieces
+            self._start += data
+            if codecs.BOM_UTF8.startswith(self._start) and self._start != codecs.BOM_UTF8:
+                return
+            data, self._start = self._start.removeprefix(codecs.BOM_UTF8), None
         if not self._line:  # blank lines go at once, however many: this is the event loop's time
             rest = data.lstrip()
             self._number += data.count(b"\n", 0, len(data) - len(rest))
@@ -236,12 +243,12 @@ class FirstLine:
 
     def check(self) -> None:
         """Raise InvalidRequest, in OpenAI's words, unless the line is a JSON object."""
-        line = bytes(self._line).removeprefix(b"\xef\xbb\xbf").strip()
+        line = bytes(self._line).strip()
         if len(self._line) == _MAX_FIRST_LINE_BYTES:
             is_object = line.startswith(b"{")  # cut off: the rest is for the job to judge
         else:
             try:
-                is_object = isinstance(json.loads(line), dict)
+                is_object = isinstance(json.loads(line.decode("utf-8")), dict)
             except (ValueError, RecursionError):
                 is_object = False
         if not is_object:

@@ -61,6 +61,8 @@ def test_a_megabyte_of_blank_lines_holds_nobody_up() -> None:
         (b'{"messages": []}\nrubbish', None),  # the rest is the job's to check
         (b'\r\n\n  {"messages": []}  \r\n', None),
         (b'\xef\xbb\xbf{"a": 1}\n', None),
+        (b'\xef\xbb\xbf\r\n\n{"a": 1}\n', None),  # nothing but a mark in the first line
+        (b'\n\xef\xbb\xbf{"a": 1}\n', "Line 2 is not a dictionary"),  # a mark that is none
         (b"{}\n", None),
         (b"[]\n", 'Line 1 is not a dictionary (HINT: line starts with: "[]…")'),
         (b"\n\nabc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc…")'),
