@@ -71,7 +71,39 @@ def _sentence(param: str, problems: list[dict[str, Any]]) -> str:
     return f"Invalid '{param}': {reason}." if param else f"Invalid request: {reason}."
 
 
+_OBJECT = "must be a JSON object"
+_WHOLE = "must be a whole number"
+_NUMBER = "must be a number"
+_SWITCH = "must be true or false"
+_WORDS = {
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "dict_type": _OBJECT,
+    "model_type": _OBJECT,
+    "model_attributes_type": _OBJECT,
+    "int_type": _WHOLE,
+    "int_parsing": _WHOLE,
+    "int_from_float": _WHOLE,
+    "int_parsing_size": "must be a whole number of fewer digits",
+    "float_type": _NUMBER,
+    "float_parsing": _NUMBER,
+    "bool_type": _SWITCH,
+    "bool_parsing": _SWITCH,
+    "literal_error": "must be {expected}",
+    "string_too_short": "must have at least {min_length} characters",
+    "string_too_long": "must have at most {max_length} characters",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+}
+"""Pydantic's kinds of error; our own checks say what they want themselves."""
+
+
 def _wanted(problem: dict[str, Any]) -> str:
+    words = _WORDS.get(problem["type"])
+    if words is not None:
+        return words.format_map(problem.get("ctx", {}))
     message = str(problem["msg"]).removeprefix("Value error, ").rstrip(".")
     return message[:1].lower() + message[1:]
 
