@@ -33,7 +33,7 @@ _NUMBERS = {
     "max_grad_norm": (0.0, 1e6, False),
 }
 _CHOICES = {"lr_scheduler_type": SCHEDULES, "optimizer": OPTIMIZERS}
-_FLAGS = ("load_best_at_end", "packing", "gradient_checkpointing")
+_FLAGS = ("load_best_at_end", "train_on_inputs", "packing", "gradient_checkpointing")
 _MAY_BE_NONE = ("max_steps", "warmup_ratio", "warmup_steps", "load_best_at_end")
 
 
@@ -59,6 +59,7 @@ class TrainConfig:
         load_best_at_end: offer the adapter of the best validation instead of the last step's; None
             for what goes with ``early_stopping_patience``: the best where it is set, else the last.
         context_length: tokens; what examples were cut to.
+        train_on_inputs: what examples were encoded with: whether their prompts are trained, too.
         seed: of the adapter's start, the order of the data, and dropout.
         optimizer: by name.
         packing: put the examples of a forward pass one after the other, kept apart, instead of padding them;
@@ -84,6 +85,7 @@ class TrainConfig:
     early_stopping_patience: int = 0
     load_best_at_end: bool | None = None
     context_length: int = 2048
+    train_on_inputs: bool = False
     seed: int = 0
     optimizer: str = "adamw"
     packing: bool = True
@@ -121,30 +123,16 @@ class TrainConfig:
             ConfigError: a field is unknown, or a value is wrong.
         """
         values = dict(values)
-        _refuse_unknown(values, cls, "")
-        lora = values.get("lora")
-        if isinstance(lora, Mapping):
-            _refuse_unknown(lora, LoraConfig, "lora.")
-            try:
-                values["lora"] = LoraConfig(**lora)
-            except TypeError as error:
-                raise ConfigError(f"lora has a value of the wrong type: {error}") from error
+        unknown = sorted(set(values) - {setting.name for setting in fields(cls)})
+        if unknown:
+            raise ConfigError(f"unknown setting {', '.join(map(str, unknown))}")
+        if isinstance(values.get("lora"), Mapping):
+            values["lora"] = LoraConfig.from_dict(values["lora"])
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as JSON-able values."""
-        values = asdict(self)
-        values["lora"] = {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values["lora"].items()
-        }
-        return values
-
-
-def _refuse_unknown(values: Mapping[str, Any], kind: type[Any], prefix: str) -> None:
-    unknown = sorted(set(values) - {known.name for known in fields(kind)})
-    if unknown:
-        raise ConfigError(f"unknown setting {', '.join(prefix + str(name) for name in unknown)}")
+        return {**asdict(self), "lora": self.lora.as_dict()}
 
 
 def _check(name: str, value: object) -> None:

@@ -63,6 +63,7 @@ def train(
     output_dir: Path | str,
     validation: Dataset | None = None,
     sample_prompts: Sequence[Sequence[dict[str, Any]]] = (),
+    adapter: Path | str | None = None,
     resume_from: Path | str | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     base_model_name_or_path: str | None = None,
@@ -80,6 +81,8 @@ def train(
         validation: evaluated before the first step, after each epoch, at the end, and after every
             ``eval_steps``.
         sample_prompts: conversations that base and adapter answer, before and after.
+        adapter: a PEFT folder whose adapter is trained on, instead of one that begins anew;
+            ``config.lora`` has to be what it is, but for the dropout.
         resume_from: a folder of resume points (or one of them); without a whole point in it the run
             begins at the beginning and says so.
         should_stop: asked before every step.
@@ -87,6 +90,7 @@ def train(
             if not given.
 
     Raises:
+        AdapterError: ``adapter`` is not one that fits the model and ``config.lora``.
         ConfigError: the model has adapters already, a LoRA target is not there, or a setting needs a
             validation set and there is none.
         LossNotFiniteError: three steps in a row had a loss or gradient that is NaN or infinite.
@@ -104,6 +108,7 @@ def train(
             validation=validation,
             sample_prompts=sample_prompts,
             base_model=base_model_name_or_path,
+            adapter=None if adapter is None else Path(adapter),
         )
         progress = _resume(run, resume_from)
         rehearse(run)

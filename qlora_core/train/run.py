@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,11 @@ from transformers import PreTrainedModel
 
 from qlora_core.data import Batching, Dataset, epoch_order, pass_tokens, windows
 from qlora_core.errors import ConfigError
+from qlora_core.export import load_adapter, serving_warnings
+from qlora_core.export.adapter_folder import WEIGHTS
 from qlora_core.nn import add_lora
+from qlora_core.nn.config import ALL_LINEAR
+from qlora_core.nn.targets import left_out
 from qlora_core.optim import build_optimizer
 from qlora_core.text import TextEncoder
 from qlora_core.train.checkpointing import checkpoint_activations
@@ -40,6 +45,7 @@ class Run:
         memory: tells where a step's memory went.
         shapes: what the model multiplies by.
         peak_flops_per_s: of the device, None where it is not known.
+        start: a sum over the adapter that training goes on from, None where it begins anew.
         best: copies of the adapter's tensors at the best validation; empty where none are kept.
     """
 
@@ -59,6 +65,7 @@ class Run:
     peak_flops_per_s: float | None
     base_model: str
     sample_prompts: Sequence[Sequence[dict[str, Any]]]
+    start: str | None
     best: Weights = field(default_factory=dict)
     _epoch: int | None = None
     _windows: list[list[int]] = field(default_factory=list)
@@ -100,7 +107,7 @@ class Run:
         """What a resume point must agree with."""
         settings = self.config.as_dict()
         kept = {name: value for name, value in settings.items() if name not in _NOT_IDENTITY}
-        return {"config": kept, "n_examples": len(self.dataset)}
+        return {"config": kept, "n_examples": len(self.dataset), "start": self.start}
 
 
 def prepare(
@@ -114,16 +121,22 @@ def prepare(
     validation: Dataset | None,
     sample_prompts: Sequence[Sequence[dict[str, Any]]],
     base_model: str | None,
+    adapter: Path | None,
 ) -> Run:
-    """Add the adapter and build what trains it; the arguments are those of `train`.
+    """Put the adapter over the model and build what trains it; the arguments are those of `train`.
 
     Raises:
+        AdapterError: ``adapter`` is not one that fits the model and ``config.lora``.
         ConfigError: the model has adapters already, a LoRA target is not there, or a setting needs a
             validation set and there is none.
     """
     if validation is None:
         _refuse_without_validation(config)
-    add_lora(model, config.lora, seed=config.seed)
+    if adapter is None:
+        add_lora(model, config.lora, seed=config.seed)
+    else:
+        load_adapter(model, adapter, expected=config.lora)
+    _say_what_the_adapter_lacks(model, config, sink)
     loss_of = SupervisedLoss(model)
     if not loss_of.chunked:
         sink(
@@ -162,6 +175,7 @@ def prepare(
         peak_flops_per_s=peak_flops_per_s(device_name(model.device)),
         base_model=base_model or model.name_or_path,
         sample_prompts=sample_prompts,
+        start=None if adapter is None else fingerprint(adapter),
     )
     warmup = config.warmup_length(run.total_steps)
     if warmup > run.total_steps:
@@ -170,9 +184,23 @@ def prepare(
     return run
 
 
+def fingerprint(adapter: Path) -> str:
+    """Return the sha256 of an adapter's weights."""
+    with (adapter / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def device_name(device: torch.device) -> str:
     """Return the card's name, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _say_what_the_adapter_lacks(model: PreTrainedModel, config: TrainConfig, sink: Sink) -> None:
+    others = left_out(model) if config.lora.target_modules == ALL_LINEAR else []
+    if others:
+        sink(Notice("warn", f"These layers get no adapter: {'; '.join(others)}."))
+    for warning in serving_warnings(config.lora):
+        sink(Notice("info", warning))
 
 
 def _batching(

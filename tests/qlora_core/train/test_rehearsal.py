@@ -29,7 +29,7 @@ def prepared(
     settings = config(lora=LoraConfig(r=4, dropout=0.3), gradient_checkpointing=True)
     return prepare(
         load(), encoder, make_dataset(9), settings, lambda _: None, output_dir=tmp_path,
-        validation=None, sample_prompts=(), base_model=None,
+        validation=None, sample_prompts=(), base_model=None, adapter=None,
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def prepared(
         events: list[Event] = []
         run = prepare(
             load(), encoder, make_dataset(7), config(**settings), events.append,
-            output_dir=tmp_path, validation=None, sample_prompts=(), base_model=None,
+            output_dir=tmp_path, validation=None, sample_prompts=(), base_model=None, adapter=None,
         )  # fmt: skip
         torch.manual_seed(1)
         for adapter in lora_modules(run.model).values():
