@@ -124,8 +124,14 @@ def measure(contender: str, folder: Path) -> Load:
         told = json.loads(line)
         process.stdin.write("end\n")
         process.stdin.close()
-    above = [peak[kind] - before[kind] for kind in peak]
-    return Load(told["seconds"], *above, told["result_bytes"])
+    above = {kind: peak[kind] - before[kind] for kind in peak}
+    return Load(
+        seconds=told["seconds"],
+        anonymous=above["RssAnon"],
+        mapped=above["RssFile"],
+        resident=above["together"],
+        result=told["result_bytes"],
+    )
 
 
 def memory_of(pid: int) -> dict[str, int]:

@@ -119,7 +119,8 @@ _ADJUSTMENTS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "n_groups": 2},
     "moshi": {"audio_vocab_size": 64},
     "phi4_multimodal": {
-        "audio_config": {"num_blocks": 2, "nemo_conv_channels": 32, "ext_pw_out_channel": 64}
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64},
+        "audio_config": {"num_blocks": 2, "nemo_conv_channels": 32, "ext_pw_out_channel": 64},
     },
     "qwen4_exp": {"text_config": _QWEN4_EXP},
     "qwen4_exp_text": _QWEN4_EXP,
@@ -136,6 +137,7 @@ _ADJUSTMENTS: dict[str, dict[str, Any]] = {
         "pronunciation_vocab_size": 50,
         "pronunciation_embed_dim": 64,
     },
+    "xlnet": {"n_head": 2},
     "xlstm": {"mode": "train", "chunk_size": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {

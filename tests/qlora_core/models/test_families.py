@@ -34,8 +34,8 @@ REFUSED = {
     "llama4": "Llama4TextExperts",
     "llama4_text": "Llama4TextExperts",
     "longcat_flash": "LongcatFlashExperts",
-    "phi4_multimodal": "MultiheadAttention",  # only in this size; see test_choice
     "rwkv": "RwkvModel",
+    "xlnet": "XLNetRelativeAttention",
     "zamba": "share their weight",
     "zamba2": "share their weight",
 }
@@ -60,6 +60,7 @@ DENSE = re.compile(
     r"(^|\.)lm_head(\.|$)"  # named to be skipped
     r"|\.(dt_proj|correction_coefs|prediction_coefs)$"  # read by the module above them
     r"|indexer\.weights_proj$"  # wanted in float32
+    r"|head\.attention\.out_proj$"  # of a torch.nn.MultiheadAttention, which reads it
     r"|\.(router|gate)(\.|$)"  # sends tokens to experts
 )
 IDS = torch.randint(3, 100, (1, 8), generator=torch.Generator().manual_seed(0))
