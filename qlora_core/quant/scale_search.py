@@ -31,11 +31,11 @@ _TRIALS = 32
 _LOWEST, _HIGHEST = 0.5, 1.5
 # Into how many bins [-1, 1] is divided for the trials. Finer ones find the same scales.
 _BINS = 2048
-# And into how many, and 1 for itself, to find codes.
+# Into how many to find codes; 1 itself lies in one more.
 _CODE_BINS = 32
 # Elements at a time: what stays in the caches of a CPU; on a GPU enough to hide the launches. About
 # 30 bytes of scratch memory for each.
-_CPU_CHUNK, _GPU_CHUNK = 2**16, 2**22
+_CPU_CHUNK, _GPU_CHUNK = 2**17, 2**22
 _TWO_ZEROS = 0x77
 
 
@@ -66,40 +66,46 @@ def improve_scales(
     Returns:
         New packed and absmax, of the same kind as the old.
     """
-    flat = values.detach().reshape(-1)
-    wanted = torch.empty(absmax.shape, dtype=torch.float32, device=flat.device)
-    _in_chunks(flat, block_size, lambda place, blocks: _find_scales(blocks, wanted[place]))
-    if nested_absmax is None or offset is None:
-        choices, scales, old_scales = wanted, wanted, absmax
-    else:
-        choices = _nearest_codes(wanted, nested_absmax, offset)
-        scales = dequantize_absmax(choices, nested_absmax, offset)
-        old_scales = dequantize_absmax(absmax, nested_absmax, offset)
-
     half = block_size // 2
     missing = absmax.numel() * half - packed.numel()
     codes = functional.pad(packed, (0, missing), value=_TWO_ZEROS).view(-1, half)
-    better = torch.empty_like(absmax, dtype=torch.bool)
+    scales = absmax.clone()
 
-    def choose(place: slice, blocks: Tensor) -> None:
-        new_codes = _encode(blocks, scales[place])
-        new_error = _squared_error(blocks, new_codes, scales[place])
-        old_error = _squared_error(blocks, codes[place], old_scales[place])
+    def improve(place: slice, blocks: Tensor) -> None:
+        new = wanted = _best_scales(blocks)
+        old_scales = absmax[place]
+        if nested_absmax is not None and offset is not None:
+            # A place begins where a nested block does.
+            nested = nested_absmax[
+                place.start // NESTED_BLOCK_SIZE : -(-place.stop // NESTED_BLOCK_SIZE)
+            ]
+            new = _nearest_codes(wanted, nested, offset)
+            wanted = dequantize_absmax(new, nested, offset)
+            old_scales = dequantize_absmax(absmax[place], nested, offset)
+        new_codes = _encode(blocks, wanted)
+        new_error = _squared_error(blocks, new_codes, wanted)
         # A comparison with NaN, from a scale beyond the largest float32, is false as well.
-        better[place] = (new_error < old_error) & (scales[place] > 0)
-        codes[place] = torch.where(better[place, None], new_codes, codes[place])
+        better = new_error < _squared_error(blocks, codes[place], old_scales)
+        better &= wanted > 0
+        codes[place] = torch.where(better[:, None], new_codes, codes[place])
+        scales[place] = torch.where(better, new, scales[place])
 
-    _in_chunks(flat, block_size, choose)
-    return codes.view(-1)[: packed.numel()].contiguous(), torch.where(better, choices, absmax)
+    _in_chunks(values.detach().reshape(-1), block_size, improve, nested=nested_absmax is not None)
+    return codes.view(-1)[: packed.numel()], scales
 
 
-def _in_chunks(flat: Tensor, block_size: int, work: Callable[[slice, Tensor], None]) -> None:
+def _in_chunks(
+    flat: Tensor, block_size: int, work: Callable[[slice, Tensor], None], *, nested: bool
+) -> None:
     """Do the work on all blocks, some at a time: where they are, and float32 [blocks, block_size].
 
-    A short last block is filled up with zeros: they have no error, and move no scale.
+    A short last block is filled up with zeros: they have no error, and move no scale. Where there
+    are nested blocks, those at a time are whole ones.
     """
     on_cpu = flat.device.type == "cpu"
-    step = (_CPU_CHUNK if on_cpu else _GPU_CHUNK) // block_size
+    step = max(
+        (_CPU_CHUNK if on_cpu else _GPU_CHUNK) // block_size, NESTED_BLOCK_SIZE if nested else 1
+    )
     n_blocks = -(-flat.numel() // block_size)
 
     def work_on(starts: Iterator[int]) -> None:
@@ -116,8 +122,8 @@ def _in_chunks(flat: Tensor, block_size: int, work: Callable[[slice, Tensor], No
         work_on(iter(starts))
 
 
-def _find_scales(blocks: Tensor, out: Tensor) -> None:
-    """Write the best scales that the trials lead to: values [blocks, block_size] -> float32 [blocks].
+def _best_scales(blocks: Tensor) -> Tensor:
+    """Give the best scales that the trials lead to: values [blocks, block_size] -> float32 [blocks].
 
     A trial scale gives each value x of a block a level q. The scale that fits those levels best is
     A / B, with A = sum(x q) and B = sum(q q), and it leaves the error sum(x x) - A A / B. So the
@@ -132,8 +138,7 @@ def _find_scales(blocks: Tensor, out: Tensor) -> None:
     # Below the square of any level but zero: only keeps a block of zeros from dividing by zero.
     squares = squares.clamp(min=1e-3)
     best = (products.square() / squares).argmax(dim=1, keepdim=True)
-    fits = products.gather(1, best) / squares.gather(1, best)
-    torch.mul(largest, fits.view(-1), out=out)
+    return largest * (products.gather(1, best) / squares.gather(1, best)).view(-1)
 
 
 @cache
