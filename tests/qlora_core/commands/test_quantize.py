@@ -1,6 +1,7 @@
 """`python -m qlora_core quantize`, from the arguments to the folder."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -197,6 +198,16 @@ def test_help_needs_no_torch() -> None:
     )
 
     assert done.returncode == 0, done.stderr
+
+
+def test_only_the_commands_need_what_prints() -> None:
+    engine = Path(__file__).parents[3] / "qlora_core"
+    printing = re.compile(r"^\s*(from|import) (typer|rich)\b", re.MULTILINE)
+
+    files = [path for path in engine.rglob("*.py") if printing.search(path.read_text())]
+
+    assert files
+    assert {path.parent for path in files} == {engine / "commands"}
 
 
 def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, llama: Path) -> None:

@@ -124,6 +124,18 @@ def test_keys_are_those_that_transformers_itself_writes(tmp_path: Path, family: 
         assert (ours[key].dtype, ours[key].shape) == (tensor.dtype, tensor.shape), key
 
 
+def test_a_mixture_is_saved_with_its_experts_dense(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "dense")
+    model = load(tmp_path / "dense", skip_modules=("lm_head", "experts"))
+
+    save_quantized(model, tmp_path / "nf4")
+
+    theirs = loaded_by_transformers(tmp_path / "nf4")
+    theirs.set_experts_implementation("eager")
+    assert layers(theirs, Linear4bit) == layers(model, NF4Linear)
+    torch.testing.assert_close(theirs(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_the_config_says_what_transformers_wants_to_know(tmp_path: Path, llama: Path) -> None:
     model = load(llama, skip_modules=("lm_head", UP), compute_dtype=torch.bfloat16)
 
