@@ -26,7 +26,14 @@ if TYPE_CHECKING:
         ResumePointError,
         ShapeError,
     )
-    from qlora_core.export import load_adapter, save_adapter, serving_warnings
+    from qlora_core.export import (
+        LogitDifference,
+        MergeResult,
+        load_adapter,
+        merge,
+        save_adapter,
+        serving_warnings,
+    )
     from qlora_core.models import load_model, save_quantized
     from qlora_core.nn import LoraConfig, NF4Linear, add_lora, lora_disabled
     from qlora_core.quant import NF4Weight, quantize_nf4
@@ -69,7 +76,14 @@ _HOMES = {
     ),
     "qlora_core.data": ("Dataset", "load_dataset"),
     "qlora_core.train": ("TrainConfig", "TrainResult", "train"),
-    "qlora_core.export": ("load_adapter", "save_adapter", "serving_warnings"),
+    "qlora_core.export": (
+        "LogitDifference",
+        "MergeResult",
+        "load_adapter",
+        "merge",
+        "save_adapter",
+        "serving_warnings",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -85,9 +99,11 @@ __all__ = [
     "EngineError",
     "LayoutError",
     "LineError",
+    "LogitDifference",
     "LoraConfig",
     "LoraTargetError",
     "LossNotFiniteError",
+    "MergeResult",
     "ModelError",
     "NF4Linear",
     "NF4Weight",
@@ -104,6 +120,7 @@ __all__ = [
     "load_dataset",
     "load_model",
     "lora_disabled",
+    "merge",
     "quantize_nf4",
     "save_adapter",
     "save_quantized",

@@ -49,7 +49,7 @@ def save_adapter(
     written = [folder / CONFIG, folder / WEIGHTS, folder / "README.md"]
     written[0].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     safetensors.torch.save_file(tensors, written[1], metadata={"format": "pt"})
-    card = model_card(config, serving_warnings(read_config(written[0])))
+    card = model_card(config, serving_warnings(read_config(written[0]), model))
     written[2].write_text(card, "utf-8")
     return written
 

@@ -1,27 +1,35 @@
-"""What servers other than PEFT make of an adapter: what they refuse, and what they would get wrong without a word.
+"""What others make of an adapter: what they refuse, and what they would get wrong without a word.
 
 Source: vLLM 0.26, ``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py``; llama.cpp of 2026,
-``convert_lora_to_gguf.py``.
+``convert_lora_to_gguf.py``; PEFT 0.21.2, ``utils/transformers_weight_conversion.py``.
 """
 
 from __future__ import annotations
 
-from qlora_core.nn import LoraConfig
+from typing import Any
+
+from torch import nn
+from transformers import conversion_mapping
+
+from qlora_core.nn import LoraConfig, lora_modules
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_DEFAULT_RANK = 16
+# In architectures that transformers 5 loads like Qwen2-MoE, PEFT means the stacked experts by these names.
+_NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj")
 
 
-def serving_warnings(config: LoraConfig) -> list[str]:
-    """Say, a sentence each, which servers cannot use such an adapter as it is, and what to do about it.
+def serving_warnings(config: LoraConfig, model: nn.Module | None = None) -> list[str]:
+    """Say, a sentence each, what cannot use such an adapter as it is, and what to do about it.
 
     Args:
         config: of the adapter as it is written; `save_adapter` with ``fold_rslora`` writes one without rsLoRA.
+        model: with the adapter, for what depends on the architecture; None where it is not at hand.
 
     Returns:
-        Nothing for an adapter that vLLM takes with its default settings and llama.cpp converts rightly.
+        Nothing for an adapter that PEFT loads, vLLM takes with its default settings, and llama.cpp converts rightly.
     """
-    return [*_vllm(config), *_llama_cpp(config)]
+    return [*_vllm(config), *_llama_cpp(config), *([] if model is None else _peft(model))]
 
 
 def _vllm(config: LoraConfig) -> list[str]:
@@ -67,3 +75,16 @@ def _llama_cpp(config: LoraConfig) -> list[str]:
             f"({', '.join(config.modules_to_save)}); merge the adapter instead."
         )
     return warnings
+
+
+def _peft(model: Any) -> list[str]:  # noqa: ANN401 - has a config if it is of transformers
+    loaded_like = getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {})
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    adapted = {path.rpartition(".")[2] for path in lora_modules(model)}
+    names = [name for name in _NAMES_OF_EXPERTS if name in adapted]
+    if loaded_like.get(kind) != "qwen2_moe" or not names:
+        return []
+    return [
+        f"PEFT 0.21 with transformers 5 takes {', '.join(names)} of a {kind} for its stacked experts and leaves these "
+        "adapters out, nearly without a word; merge the adapter instead, or train it without them."
+    ]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora_core.errors import ModelUnsupported
+from qlora_core.nn.kept_plain import ROUTER, is_named, paths_kept_plain
 
 HEAD = "lm_head"
 """Stands for the output head in ``skip_modules``, whatever the architecture calls it."""
@@ -40,15 +41,6 @@ _EXPERTS_CONTRACT = (
     "_apply_gate",
     "config",
 )
-_ROUTER = re.compile(r"Router|(MoE|Moe|TopK|Topk)\w*Gate$")
-# Kinds of modules that read the weight of these layers of theirs, instead of calling them.
-_READ_DIRECTLY = {
-    "MambaMixer": ("dt_proj",),
-    "FalconMambaMixer": ("dt_proj",),
-    "JambaMambaMixer": ("dt_proj",),
-    "Dots3NoteTextIndexer": ("weights_proj",),
-    "Gemma3nTextAltUp": ("correction_coefs", "prediction_coefs"),
-}
 _REWRITES_WEIGHTS = frozenset({"RwkvModel"})
 # Raw parameters of these names are added, not multiplied by.
 _ADDED = re.compile(r"bias|pos_|position|_pos|rel_")
@@ -95,7 +87,7 @@ def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice
         elif are_known_experts(module):
             if path not in dense:
                 experts.add(path)
-        elif _ROUTER.search(kind) or isinstance(module, _LOOKED_UP_OR_SLID):
+        elif ROUTER.search(kind) or isinstance(module, _LOOKED_UP_OR_SLID):
             continue
         elif isinstance(module, nn.Linear) and not _is_in_attention(model, path):
             raise ModelUnsupported(
@@ -130,17 +122,8 @@ def _paths_kept_dense(model: PreTrainedModel, skip_modules: Sequence[str]) -> se
     """Give the paths of linear layers that stay dense, as skipped, tied, wanted in float32, or read by others."""
     tied = model.all_tied_weights_keys
     shared = {name.rpartition(".")[0] for pair in tied.items() for name in pair}
-    # transformers does not let bitsandbytes quantize the latter either.
-    in_float32 = [
-        *(model._keep_in_fp32_modules or ()),  # noqa: SLF001
-        *(model._keep_in_fp32_modules_strict or ()),  # noqa: SLF001
-    ]
-    names = [*skip_modules, *in_float32]
-    paths = {path for path, _ in model.named_modules() if _names(path, names)}
-    for path, module in model.named_modules():
-        kind = type(module).__name__
-        children = [child for child, _ in module.named_children()] if _ROUTER.search(kind) else ()
-        paths |= {f"{path}.{child}" for child in (*children, *_READ_DIRECTLY.get(kind, ()))}
+    paths = {path for path, _ in model.named_modules() if is_named(path, skip_modules)}
+    paths |= paths_kept_plain(model)
     head = model.get_output_embeddings() if HEAD in skip_modules else None
     return paths | shared | {path for path, module in model.named_modules() if module is head}
 
@@ -154,12 +137,6 @@ def _refuse_shared_layers(model: PreTrainedModel) -> None:
                 f"{paths[0]} and {paths[1]} are linear layers that share their weight, which cannot "
                 "be quantized"
             )
-
-
-def _names(path: str, names: Sequence[str]) -> bool:
-    """Whether one of the names is the path, the end of it, or a part it lies under."""
-    dotted = f".{path}."
-    return any(f".{name}." in dotted for name in names)
 
 
 def _is_in_attention(model: nn.Module, path: str) -> bool:

@@ -36,8 +36,8 @@ class LoraConfig:
         r: rank, from 1 to 65,536.
         alpha: scale of the update before division by r, above 0.
         dropout: probability of dropping an input of A while training, in [0, 1).
-        target_modules: "all-linear" for every linear layer but the output head, a list of names, or a regular
-            expression.
+        target_modules: "all-linear" for every linear layer but the output head, routers' and those that have to stay
+            plain (`left_out` names them); or a list of names; or a regular expression.
         exclude_modules: what of these gets no adapter after all: names or a regular expression.
         use_rslora: ``scaling = alpha / sqrt(r)`` instead, so that a higher rank does not learn more slowly.
         rank_pattern: other ranks, by pattern.

@@ -13,6 +13,7 @@ from torch import nn
 
 from qlora_core.errors import LoraTargetError
 from qlora_core.nn.config import ALL_LINEAR, LoraConfig, matching, pattern_matches
+from qlora_core.nn.kept_plain import paths_kept_plain
 from qlora_core.nn.lora import LoraLinear, is_adaptable
 from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.saved_modules import SavedModule
@@ -59,7 +60,8 @@ def find_targets(model: nn.Module, config: LoraConfig, *, saved: Iterable[str] =
 def left_out(model: nn.Module) -> list[str]:
     """Name the weights that "all-linear" does not adapt, other than embeddings, convolutions and the output head.
 
-    They are those of experts stacked in one tensor, of routers, and of layers of an architecture's own kind.
+    They are those of experts stacked in one tensor, of routers, of layers of an architecture's own kind, and of layers
+    whose weight is used otherwise than by calling them (`kept_plain`).
 
     Args:
         model: with or without adapters.
@@ -67,12 +69,14 @@ def left_out(model: nn.Module) -> list[str]:
     Returns:
         A phrase each, layers counted together: ``2 x model.layers.*.mlp.experts.down_proj [8, 64, 96]``.
     """
-    head = output_head(model)
+    plain, head = paths_kept_plain(model), output_head(model)
+    bases = {adapter.base for adapter in model.modules() if isinstance(adapter, LoraLinear)}
     matrices = (
         matrix
         for path, module in model.named_modules()
         if module is not head
-        and not is_adaptable(module)
+        and (path in plain or not is_adaptable(module))
+        and module not in bases
         and not isinstance(module, (*_NO_TARGETS, *_TRAINED))
         for matrix in _own_matrices(path, module)
     )
@@ -88,8 +92,8 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 def _wanted(model: nn.Module, linears: list[str], targets: str | tuple[str, ...]) -> set[str]:
     if targets == ALL_LINEAR:
-        head = output_head(model)
-        return {path for path in linears if model.get_submodule(path) is not head}
+        plain, head = paths_kept_plain(model), output_head(model)
+        return {p for p in linears if p not in plain and model.get_submodule(p) is not head}
     if isinstance(targets, str):
         found = {path for path in linears if re.fullmatch(targets, path)}
         if not found:

@@ -17,6 +17,7 @@ from qlora_core.errors import AdapterError
 from qlora_core.export import serving_warnings
 from qlora_core.nn import lora_modules
 from tests.qlora_core.export.bases import dequantized, load, logits, with_adapter
+from tests.qlora_core.models.families import save_tiny
 from tests.tiny_models import save_tiny_llama, save_tiny_qwen2
 
 # peft 0.21 asks transformers 5.23 by an old name.
@@ -213,3 +214,17 @@ def test_the_card_says_what_servers_get_wrong(base: Path, tmp_path: Path) -> Non
     assert "scaled by alpha / sqrt(rank)" in card
     assert "Trained whole: lm_head." in card
     assert "- llama.cpp does not know rsLoRA" in card.partition("## Serving")[2]
+
+
+def test_it_is_said_where_peft_would_leave_adapters_out(tmp_path: Path) -> None:
+    save_tiny("glm4_moe", tmp_path / "base")
+    model = with_adapter(tmp_path / "base", LoraConfig(r=2))
+
+    save_adapter(model, tmp_path / "adapter")
+
+    card = (tmp_path / "adapter/README.md").read_text(encoding="utf-8")
+    assert "PEFT 0.21 with transformers 5 takes gate_proj, up_proj, down_proj of a glm4_moe" in card
+    attention = with_adapter(
+        tmp_path / "base", LoraConfig(r=2, target_modules=("q_proj", "o_proj"))
+    )
+    assert serving_warnings(LoraConfig(r=2), attention) == []
