@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_core import NF4Linear, load_model, quantize_nf4
+from qlora_core import NF4Linear, load_model, quantize_nf4, save_quantized
+from tests.qlora_core.models.families import save_tiny
 from tests.tiny_models import save_tiny_gemma2, save_tiny_llama, save_tiny_qwen2
 
 Save = Callable[..., Path]
@@ -260,6 +261,31 @@ def test_on_a_gpu_the_weights_are_those_of_the_cpu(tmp_path: Path) -> None:
             assert torch.equal(module.packed.cpu(), other.packed)
     torch.testing.assert_close(
         on_gpu(IDS.cuda()).logits.cpu().float(), on_cpu(IDS).logits.float(), rtol=0.1, atol=0.1
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["mixtral", "gpt2"])
+def test_on_a_gpu_a_family_and_its_saved_form_are_those_of_the_cpu(
+    tmp_path: Path, family: str
+) -> None:
+    save_tiny(family, tmp_path / "dense")
+    on_cpu = load(tmp_path / "dense", skip_modules=("lm_head", "experts"))
+    on_gpu = load(tmp_path / "dense", device="cuda", skip_modules=("lm_head", "experts"))
+    save_quantized(on_gpu, tmp_path / "nf4")
+
+    again = load(tmp_path / "nf4", device="cuda")
+
+    for path, module in on_cpu.named_modules():
+        if isinstance(module, NF4Linear):
+            for other in (on_gpu.get_submodule(path), again.get_submodule(path)):
+                assert isinstance(other, NF4Linear)
+                assert torch.equal(module.packed, other.packed.cpu())
+    torch.testing.assert_close(
+        again(IDS.remainder(100).cuda()).logits.cpu(),
+        on_cpu(IDS.remainder(100)).logits,
+        rtol=1e-2,
+        atol=1e-2,
     )
 
 

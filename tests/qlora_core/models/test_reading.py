@@ -104,16 +104,17 @@ def test_a_dtype_that_torch_does_not_have_is_refused_by_the_tensors_name(tmp_pat
 
 
 @pytest.mark.parametrize("buffer_bytes", [1, 7, 100, 1000])
-def test_staging_moves_every_byte_in_pieces(tmp_path: Path, buffer_bytes: int) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_staging_moves_every_byte_in_pieces(tmp_path: Path, device: str, buffer_bytes: int) -> None:
     content = torch.randint(0, 256, (500,), dtype=torch.uint8)
     path = tmp_path / "bytes"
     path.write_bytes(bytes(content.tolist()))
-    out = torch.zeros(300, dtype=torch.uint8)
-    staging = Staging(CPU, buffer_bytes)
+    out = torch.zeros(300, dtype=torch.uint8, device=device)
+    staging = Staging(torch.device(device), buffer_bytes)
 
     with path.open("rb") as file:
         staging.fill(out, file.fileno(), 100)
         staging.fill(out[:5], file.fileno(), 0)
 
-    assert torch.equal(out[5:], content[105:400])
-    assert torch.equal(out[:5], content[:5])
+    assert torch.equal(out[5:].cpu(), content[105:400])
+    assert torch.equal(out[:5].cpu(), content[:5])

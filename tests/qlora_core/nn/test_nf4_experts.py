@@ -167,3 +167,17 @@ def test_says_its_size() -> None:
     stack = NF4Stack([quantize_nf4(torch.randn(4, 64))] * 3, compute_dtype=torch.float32)
 
     assert "experts=3, in_features=64, out_features=4" in repr(stack)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_the_experts_are_those_of_the_cpu(tmp_path: Path, family: str) -> None:
+    save_tiny(family, tmp_path)
+    on_gpu = load_model(tmp_path, device="cuda", compute_dtype=torch.float32)
+    on_cpu = load(tmp_path)
+
+    for path, stack in stacks(on_gpu).items():
+        assert torch.equal(stack.packed.cpu(), stacks(on_cpu)[path].packed)
+    actual = on_gpu(IDS.cuda(), use_cache=False).logits.cpu()
+    expected = on_cpu(IDS, use_cache=False).logits
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
