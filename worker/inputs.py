@@ -1,5 +1,6 @@
 """What an attempt starts from: the job's files, the model, and the newest resume point of an earlier attempt."""
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from service.storage import BlobMissing
 from worker.checkpoints import publish
 from worker.context import WorkerContext, outlast
 from worker.folder import AttemptFolder, write_json
-from worker.relay import CHECKPOINT, RESUME_POINT, Line, Tail, tell_lines
+from worker.relay import CHECKPOINT, Line, Tail, tell_lines
 
 log = get_logger(__name__)
 
 _STORAGE_TRIES = 5
+_STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 class InputsMissing(Exception):
@@ -155,22 +157,37 @@ def take_over(context: WorkerContext, claim: Claim, give_up: threading.Event) ->
 def find_resume_point(
     context: WorkerContext, claim: Claim, *, wait: Callable[[float], bool]
 ) -> ResumePoint | None:
-    """Return the newest resume point that an earlier attempt told of and that is still there, or None."""
+    """Return the newest resume point of the last earlier attempt that has one on this disk, or None."""
 
     def earlier() -> list[int]:
         with context.transaction() as session:
             return story.earlier_attempts(session, claim.fence)
 
     for attempt_no in outlast(earlier, wait=wait):
-        lines = _all_lines(context.folder(claim.job.id, attempt_no).events)
-        for end in range(len(lines), 0, -1):
-            line = lines[end - 1]
-            if line.kind != RESUME_POINT:
-                continue
-            folder = line.data.get("folder")
-            if isinstance(folder, str) and Path(folder).is_dir():
-                return ResumePoint(attempt_no, Path(folder).parent, lines[:end])
+        point = resume_point_in(context.folder(claim.job.id, attempt_no), attempt_no)
+        if point is not None:
+            return point
     return None
+
+
+def resume_point_in(folder: AttemptFolder, attempt_no: int) -> ResumePoint | None:
+    """Return the newest resume point of an attempt's folder with the lines up to its step, or None.
+
+    The folders say which is the newest, not the lines: a child that is killed may have no time left to tell of a
+    point that it has just written, and the next attempt goes on from there all the same.
+    """
+    points = folder.run / "resume"
+    found = [_STEP_FOLDER.fullmatch(path.name) for path in points.glob("step-*") if path.is_dir()]
+    newest = max((int(match[1]) for match in found if match), default=None)
+    if newest is None:
+        return None
+    lines: list[Line] = []
+    for line in _all_lines(folder.events):
+        step = line.data.get("step")
+        if isinstance(step, int) and step > newest:
+            break
+        lines.append(line)
+    return ResumePoint(attempt_no, points, lines)
 
 
 def _all_lines(path: Path) -> list[Line]:

@@ -120,7 +120,9 @@ class Proxy:
                     break
         self._break(pair.server)
         with suppress(OSError):
-            pair.client.close()
+            # Closing alone would not end it while the other thread waits for its next byte.
+            pair.client.shutdown(socket.SHUT_RDWR)
+        pair.client.close()
 
     def _allowance(self, head: str) -> int | None:
         with self._lock:
