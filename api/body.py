@@ -1,4 +1,4 @@
-"""Bodies of requests: how much of them is read, and what of JSON is refused before a route sees it.
+"""Bodies and queries of requests: how much of them is read, and what of JSON is refused before a route sees it.
 
 Nothing here trusts a declared length: what comes is counted as well.
 """
@@ -6,6 +6,7 @@ Nothing here trusts a declared length: what comes is counted as well.
 import json
 import re
 from typing import cast
+from urllib.parse import parse_qsl
 
 import anyio
 from starlette.datastructures import Headers
@@ -40,6 +41,21 @@ async def read_json_body(scope: Scope, receive: Receive) -> bytes:
         _check_json(body, headers.get("content-type", ""))
         return body
     return b""
+
+
+def check_query(query: bytes) -> None:
+    """Refuse what PostgreSQL cannot store in the part of an address after its question mark.
+
+    Raises:
+        InvalidRequest: it names the parameter.
+    """
+    if b"%00" not in query and b"\x00" not in query:
+        return
+    for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
+        if "\x00" in name + value:
+            raise InvalidRequest(
+                f"Invalid {name!r}: it holds a NUL character.", param=name, code="invalid_value"
+            )
 
 
 class UnreadBody:
@@ -107,8 +123,9 @@ def _too_large() -> TooLarge:
 def _check_json(body: bytes, content_type: str) -> None:
     kind = content_type.partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
+        said = repr(kind) if kind else "nothing of its type"
         raise InvalidRequest(
-            f"Send the body as JSON with 'Content-Type: application/json'; this one says {kind or 'nothing'!r}.",
+            f"Send the body as JSON with 'Content-Type: application/json'; this one says {said}.",
             code="invalid_content_type",
         )
     try:
@@ -119,8 +136,10 @@ def _check_json(body: bytes, content_type: str) -> None:
         raise _not_json("it is nested too deeply") from error
     except json.JSONDecodeError as error:
         raise _not_json(f"line {error.lineno}, column {error.colno}: {error.msg}") from error
-    except ValueError as error:
+    except _NoJsonValue as error:
         raise _not_json(str(error)) from error
+    except ValueError as error:  # Python's own limit to the digits of a number
+        raise _not_json("it holds a number of too many digits") from error
     if not isinstance(value, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
     _check_depth(cast("object", value))
@@ -134,8 +153,12 @@ def _not_json(reason: str) -> InvalidRequest:
     )
 
 
+class _NoJsonValue(ValueError):
+    """Python's decoder would take it."""
+
+
 def _refuse_constant(name: str) -> object:
-    raise ValueError(f"{name} is not a JSON value")
+    raise _NoJsonValue(f"{name} is not a JSON value")
 
 
 def _check_depth(value: object) -> None:

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.body import UnreadBody, read_json_body
+from api.body import UnreadBody, check_query, read_json_body
 from api.deps import State
 from api.errors import answer
 from service.db import transaction
@@ -98,6 +98,7 @@ class Authenticate:
         if scope["type"] == "http" and _is_api(scope):
             if "\x00" in scope["path"]:
                 raise InvalidRequest("The address holds a NUL character.", code="invalid_value")
+            check_query(scope["query_string"])
             secret = bearer_secret(Headers(scope=scope))
             scope["nibble.caller"] = await run_sync(self._caller, secret)
         await self._app(scope, receive, send)

@@ -61,9 +61,13 @@ class _Parser:
     def __init__(self, content_type: str) -> None:
         kind, options = parse_options_header(content_type)
         if kind != b"multipart/form-data":
+            found = (
+                f"this request's content type is {content_type!r}"
+                if content_type
+                else "this request has no content type"
+            )
             raise InvalidRequest(
-                "Send the file as multipart/form-data with the parts 'file' and 'purpose';"
-                f" this request's content type is {content_type or 'missing'!r}.",
+                f"Send the file as multipart/form-data with the parts 'file' and 'purpose'; {found}.",
                 code="invalid_content_type",
             )
         boundary = options.get(b"boundary")
@@ -87,13 +91,13 @@ class _Parser:
                 },
             )
         except FormParserError as error:
-            raise _malformed(str(error)) from error
+            raise _malformed("its boundary is too long") from error
 
     def feed(self, data: bytes) -> list[Piece]:
         try:
             self._parser.write(data)
         except FormParserError as error:
-            raise _malformed(str(error)) from error
+            raise _malformed(_reason(error)) from error
         pieces, self._pieces = self._pieces, []
         return pieces
 
@@ -135,8 +139,18 @@ class _Parser:
         self._pieces.append(PartEnd())
 
 
+def _reason(error: FormParserError) -> str:
+    """Translate the parser's words, which are about numbers of characters."""
+    said = str(error)
+    if said.startswith("Maximum"):
+        return "a part has too many headers, or too long ones"
+    if "header" in said:
+        return "a part's headers are not well-formed"
+    return "it does not keep to the boundary that its content type names"
+
+
 def _malformed(reason: str) -> InvalidRequest:
     return InvalidRequest(
-        f"The body is not well-formed multipart/form-data: {reason.rstrip('.')}.",
+        f"The body is not well-formed multipart/form-data: {reason}.",
         code="invalid_multipart",
     )

@@ -87,7 +87,7 @@ def test_an_unknown_address_and_a_wrong_method_are_told_apart(steady: httpx2.Cli
         (b'{"suffix": "\xff"}', "byte 13 is not UTF-8"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' + b"[" * 80 + b"]" * 80 + b"}", "nested more than 64 deep"),
-        (b'{"seed": ' + b"9" * 5000 + b"}", "limit"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", ": it holds a number of too many digits."),
         (b"[1]", "must be a JSON object"),
         (b'"text"', "must be a JSON object"),
         (b"null", "must be a JSON object"),
@@ -104,15 +104,24 @@ def test_a_body_that_is_no_json_object_is_refused_with_its_place(
     assert error_of(answer)["code"] == "invalid_json"
 
 
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+@pytest.mark.parametrize(
+    ("content_type", "told"),
+    [
+        ("text/plain", "says 'text/plain'."),
+        ("application/x-www-form-urlencoded", "says 'application/x-www-form-urlencoded'."),
+        ("", "says nothing of its type."),
+    ],
+)
 def test_json_under_another_content_type_is_refused(
-    steady: httpx2.Client, content_type: str
+    steady: httpx2.Client, content_type: str, told: str
 ) -> None:
     answer = steady.post(JOBS, content=b"{}", headers={"content-type": content_type})
 
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "invalid_content_type"
-    assert "Content-Type: application/json" in (error_of(answer)["message"] or "")
+    message = error_of(answer)["message"] or ""
+    assert "Content-Type: application/json" in message
+    assert message.endswith(told)
 
 
 @pytest.mark.parametrize(
@@ -140,12 +149,25 @@ def test_an_escaped_backslash_before_u0000_is_sound(steady: httpx2.Client) -> No
     assert "NUL" not in answer.text
 
 
-@pytest.mark.parametrize("path", ["/v1/files/%00", "/v1/models/a%00b", "/v1/files?after=%00"])
-def test_a_nul_in_an_address_is_refused(steady: httpx2.Client, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/v1/files/%00", None),
+        ("/v1/models/a%00b", None),
+        ("/v1/files?limit=3&after=%00", "after"),
+        (f"{JOBS}?metadata%5Bk%5D=v%00", "metadata[k]"),
+        (f"{JOBS}?metadata%5Bk%00%5D=v", "metadata[k\0]"),
+        (f"{JOBS}/ftjob-1/events?after=%00", "after"),
+    ],
+)
+def test_a_nul_in_an_address_is_refused_by_its_parameter(
+    steady: httpx2.Client, path: str, param: str | None
+) -> None:
     answer = steady.get(path)
 
     assert answer.status_code == 400
-    assert error_of(answer)["code"] == "invalid_value"
+    assert (error_of(answer)["code"], error_of(answer)["param"]) == ("invalid_value", param)
+    assert "NUL" in (error_of(answer)["message"] or "")
 
 
 @pytest.mark.parametrize(

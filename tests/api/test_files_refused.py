@@ -74,24 +74,46 @@ def test_a_wrong_form_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("content_type", "code"),
+    ("content_type", "code", "told"),
     [
-        ("application/json", "invalid_content_type"),
-        ("multipart/form-data", "invalid_multipart"),
-        ("multipart/form-data; boundary=", "invalid_multipart"),
-        ("multipart/form-data; boundary=" + "x" * 500, "invalid_multipart"),
-        ("", "invalid_content_type"),
+        ("application/json", "invalid_content_type", "content type is 'application/json'."),
+        ("multipart/form-data", "invalid_multipart", "names no boundary"),
+        ("multipart/form-data; boundary=", "invalid_multipart", "names no boundary"),
+        ("multipart/form-data; boundary=" + "x" * 500, "invalid_multipart", "boundary is too long"),
+        ("multipart/form-data; boundary=----mine", "invalid_multipart", "does not keep to the boundary"),
+        ("", "invalid_content_type", "this request has no content type."),
     ],
     ids=lambda value: value[:40],
-)
+)  # fmt: skip
 def test_a_body_that_is_no_form_is_refused(
-    steady: httpx2.Client, steady_settings: Settings, content_type: str, code: str
+    steady: httpx2.Client, steady_settings: Settings, content_type: str, code: str, told: str
 ) -> None:
     answer = steady.post(
         "/v1/files", content=forms.form(PURPOSE, SOUND), headers={"content-type": content_type}
     )
 
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, code)
+    assert told in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        (b"Content-Disposition form-data\r\n\r\n", "headers are not well-formed"),
+        (b": x\r\n\r\n", "headers are not well-formed"),
+        (b"a: b\r\n" * 100, "too many headers, or too long ones"),
+    ],
+    ids=["no colon", "no name", "many"],
+)
+def test_a_part_with_odd_headers_is_refused_in_plain_words(
+    steady: httpx2.Client, steady_settings: Settings, head: bytes, told: str
+) -> None:
+    body = b"--" + forms.BOUNDARY + b"\r\n" + head + b"x\r\n" + forms.END
+
+    answer = steady.post("/v1/files", content=body, headers=forms.CONTENT_TYPE)
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_multipart")
+    assert told in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
