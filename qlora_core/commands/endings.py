@@ -32,12 +32,20 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             _end(error.message)
         except OSError as error:
             _end(f"{error.filename or 'a file'}: {error.strerror or error}")
-        except MemoryError:
-            _end("this machine has too little memory for that")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            _end("there is too little memory for that on the device; try --device cpu")
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
     return run
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell torch's own error, and what its allocator says on a CPU, from a mistake of ours."""
+    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
+    return named or "can't allocate memory" in str(error)
 
 
 def _end(message: str) -> NoReturn:
