@@ -1,32 +1,26 @@
-"""The check of a whole dataset file, line by line, in memory that does not grow with the file.
+"""The check of a whole dataset file, in memory that does not grow with the file.
 
-``scan_dataset`` is the one reader: the service's check counts with it and the trainer loads with it.
+``scan_dataset`` is the one reader: the service's check counts with it and the trainer loads with it. A large file
+is read by several processes at once; what is found is the same on any number of them.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from qlora_core.text.encoder import EncodedExample, TextEncoder
-from qlora_core.text.example_error import ExampleError, shortened
-from qlora_core.text.formats import ChatExample, parse_example
-from qlora_core.text.report import DatasetFormat, DatasetProblem, DatasetReport, LineError
-from qlora_core.text.template import TemplateError
+from qlora_core.text.encoder import TextEncoder
+from qlora_core.text.processes import TokenizerProcesses, usual_processes
+from qlora_core.text.report import DatasetProblem, DatasetReport, LineError
+from qlora_core.text.scanning import Scanned, ScanSettings, scan_part, skip_line
 
 Progress = Callable[[int, int], None]
 
-# A line is held in memory, decoded and rendered; an example of the longest context is far shorter.
-LONGEST_LINE_BYTES = 8 * 1024 * 1024
-_PROGRESS_LINES = 64
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# Deeper than any tool schema, far from where Python's own stack would end.
-_DEEPEST_NESTING = 100
-_SHOWN_REASON_CHARACTERS = 400
+# What one process reads at a time.
+_PART_BYTES = 1 << 20
 _FAILED = "The job failed due to an invalid training file."
 
 
@@ -37,6 +31,8 @@ def check_dataset(
     context_length: int,
     max_errors: int = 100,
     min_examples: int = 10,
+    train_on_inputs: bool = False,
+    processes: int | None = None,
     on_progress: Progress | None = None,
 ) -> DatasetReport:
     """Check every line of a file and count what would be trained on. Nothing in the file makes it raise.
@@ -47,14 +43,20 @@ def check_dataset(
         context_length: tokens; longer examples are truncated and counted.
         max_errors: how many bad lines are described; all are counted.
         min_examples: fewer examples than this are a problem.
+        train_on_inputs: whether prompts would be trained, too.
+        processes: how many read the file; None for as many as the machine and the file's size suggest.
         on_progress: called now and then, and at the end, with (done_bytes, total_bytes).
+
+    Raises:
+        MemoryError: there was not enough memory.
     """
+    settings = ScanSettings(context_length, train_on_inputs, max_errors)
     return scan_dataset(
         path,
         encoder,
-        context_length=context_length,
-        max_errors=max_errors,
+        settings,
         min_examples=min_examples,
+        processes=processes,
         on_progress=on_progress,
     )
 
@@ -62,214 +64,143 @@ def check_dataset(
 def scan_dataset(
     path: Path | str,
     encoder: TextEncoder,
+    settings: ScanSettings,
     *,
-    context_length: int,
-    max_errors: int = 100,
     min_examples: int = 1,
+    processes: int | None = None,
     on_progress: Progress | None = None,
-    on_example: Callable[[EncodedExample], None] | None = None,
+    on_part: Callable[[Scanned], None] | None = None,
 ) -> DatasetReport:
-    """Check a file as ``check_dataset`` does, and hand over every example that will be trained on."""
-    scan = _Scan(encoder, context_length, max_errors, on_example)
+    """Check a file as ``check_dataset`` does, and hand over what was found part by part, in order.
+
+    ``on_part``: gets each part with lines numbered as in the file.
+    """
     path = Path(path)
     total_bytes = path.stat().st_size
+    count = usual_processes(total_bytes) if processes is None else processes
+    whole = _Whole(settings)
+    told = (lambda _: None) if on_progress is None else lambda done: on_progress(done, total_bytes)
     with path.open("rb") as file:
-        for line_number, line in _lines(file):
-            scan.read(line_number, line)
-            if on_progress is not None and line_number % _PROGRESS_LINES == 0:
-                on_progress(file.tell(), total_bytes)
-            if scan.hopeless:
-                break
-    if on_progress is not None:
-        on_progress(total_bytes, total_bytes)
-    return scan.report(min_examples)
+        parts = _parts(file, total_bytes)
+        found = _scan(path, file, parts, encoder, settings, count=count, on_bytes=told)
+        with closing(found):  # it ends its processes
+            for end, scanned in found:
+                whole.add(scanned)
+                if on_part is not None:
+                    on_part(scanned)
+                told(end)
+    told(total_bytes)
+    return whole.report(min_examples)
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Number the lines from 1; one that is too long is None, and never held in memory."""
-    number = 0
-    while line := file.readline(LONGEST_LINE_BYTES + 1):
-        number += 1
-        if len(line) <= LONGEST_LINE_BYTES or line.endswith(b"\n"):
-            yield number, line
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(LONGEST_LINE_BYTES)
-        yield number, None
+def _parts(file: BinaryIO, total_bytes: int) -> Iterator[tuple[int, int]]:
+    """Cut the file into parts of whole lines."""
+    start = 0
+    while start < total_bytes:
+        end = min(start + _PART_BYTES, total_bytes)
+        if end < total_bytes:
+            file.seek(end - 1)
+            skip_line(file)
+            end = file.tell()
+        yield start, end
+        start = end
+
+
+def _scan(
+    path: Path,
+    file: BinaryIO,
+    parts: Iterator[tuple[int, int]],
+    encoder: TextEncoder,
+    settings: ScanSettings,
+    *,
+    count: int,
+    on_bytes: Callable[[int], None],
+) -> Generator[tuple[int, Scanned]]:
+    """Yield what is found in each part and where it ends; alone until a line has said the file's format."""
+    scanned = Scanned()
+    for start, end in parts:
+        scanned = scan_part(
+            file, start, end, encoder, settings, format=scanned.format, on_bytes=on_bytes
+        )
+        yield end, scanned
+        if scanned.is_hopeless:
+            return
+        if scanned.format is not None and count > 1 and encoder.folder is not None:
+            with TokenizerProcesses(path, encoder, settings, count=count) as helpers:
+                yield from helpers.scan(parts, scanned.format)
 
 
 @dataclass
-class _Scan:
-    """The counts while a file is read."""
+class _Whole:
+    """The figures of the parts read so far."""
 
-    encoder: TextEncoder
-    context_length: int
-    max_errors: int
-    on_example: Callable[[EncodedExample], None] | None
-    format: DatasetFormat | None = None
-    n_lines: int = 0
-    n_examples: int = 0
-    n_truncated: int = 0
-    n_dropped: int = 0
-    n_tokens: int = 0
-    n_trained_tokens: int = 0
-    longest_tokens: int = 0
-    errors: list[LineError] = field(default_factory=list)
-    n_errors: int = 0
-    hopeless: bool = False
+    settings: ScanSettings
+    found: Scanned = field(default_factory=Scanned)
 
-    def read(self, number: int, line: bytes | None) -> None:
-        """Count one line: an example, a dropped one, or an error."""
-        if line is not None and number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if line is not None and not line.strip():
-            return
-        self.n_lines += 1
-        try:
-            encoded = self._encode(number, line)
-        except ExampleError as error:
-            message = error.message.replace("{example}", f"Example {number}", 1)
-            if error.code not in ("not_jsonl", "unexpected_format"):
-                message = f"Invalid file format. {message}"
-            self._add_error(LineError(number, error.code, message, error.field))
-        except TemplateError as error:
-            # A template may quote a whole message.
-            reason = shortened(error.message, _SHOWN_REASON_CHARACTERS)
-            message = f"Invalid file format. Example {number}: {reason}"
-            self._add_error(LineError(number, error.code, message, "messages"))
-        except RecursionError:
-            message = f"Invalid file format. Example {number} is nested too deeply."
-            self._add_error(LineError(number, "nested_too_deeply", message))
-        else:
-            self._count(encoded)
+    def add(self, part: Scanned) -> None:
+        """Add a part's figures, and number its lines as in the file."""
+        whole, before = self.found, self.found.n_numbered
+        part.errors = [_numbered(error, before + error.line) for error in part.errors]
+        for index, line in enumerate(part.lines):
+            part.lines[index] = before + line
+        whole.format = whole.format or part.format
+        whole.longest_tokens = max(whole.longest_tokens, part.longest_tokens)
+        whole.errors += part.errors[: self.settings.max_errors - len(whole.errors)]
+        for name in (
+            "n_numbered", "n_lines", "n_examples", "n_truncated", "n_dropped", "n_tokens",
+            "n_trained_tokens", "n_errors",
+        ):  # fmt: skip
+            setattr(whole, name, getattr(whole, name) + getattr(part, name))
 
     def report(self, min_examples: int) -> DatasetReport:
         """Return the figures, with the problem if there is one."""
+        found = self.found
         return DatasetReport(
-            format=self.format,
-            n_lines=self.n_lines,
-            n_examples=self.n_examples,
-            n_truncated=self.n_truncated,
-            n_dropped=self.n_dropped,
-            n_tokens=self.n_tokens,
-            n_trained_tokens=self.n_trained_tokens,
-            longest_tokens=self.longest_tokens,
-            errors=tuple(self.errors),
-            n_errors=self.n_errors,
+            format=found.format,
+            n_lines=found.n_lines,
+            n_examples=found.n_examples,
+            n_truncated=found.n_truncated,
+            n_dropped=found.n_dropped,
+            n_tokens=found.n_tokens,
+            n_trained_tokens=found.n_trained_tokens,
+            longest_tokens=found.longest_tokens,
+            errors=tuple(found.errors),
+            n_errors=found.n_errors,
             problem=self._problem(min_examples),
         )
 
-    def _encode(self, number: int, line: bytes | None) -> EncodedExample:
-        example = parse_example(self._decode(number, line))
-        if self.format is None:
-            self.format = example.format
-        if example.format != self.format:
-            raise ExampleError(
-                "mixed_formats",
-                f"{{example}} is in the {example.format} format, but the lines before it are in the "
-                f"{self.format} format.",
-            )
-        if isinstance(example, ChatExample) and not self.encoder.has_chat_template:
-            self.hopeless = True  # every line would say the same
-        return self.encoder.encode(example, context_length=self.context_length)
-
-    def _decode(self, number: int, line: bytes | None) -> dict[str, Any]:
-        if line is None:
-            raise ExampleError(
-                "line_too_long",
-                f"{{example}} is longer than {LONGEST_LINE_BYTES} bytes; split it into shorter examples.",
-            )
-        if number == 1 and line.startswith(_UTF16_MARKS):
-            self.hopeless = True
-            raise ExampleError("invalid_utf8", "The file is UTF-16; save it as UTF-8.")
-        try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ExampleError(
-                "invalid_utf8",
-                f"{{example}} is not valid UTF-8: byte {error.start + 1} of the line is "
-                f"0x{line[error.start]:02x}.",
-            ) from error
-        try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise _not_jsonl(number, text) from error
-        if not isinstance(value, dict):
-            raise _not_jsonl(number, text)
-        if (
-            text.count("[") + text.count("{") > _DEEPEST_NESTING
-            and _depth(value) > _DEEPEST_NESTING
-        ):
-            raise ExampleError("nested_too_deeply", "{example} is nested too deeply.")
-        return value
-
-    def _add_error(self, error: LineError) -> None:
-        self.n_errors += 1
-        if len(self.errors) < self.max_errors:
-            self.errors.append(error)
-
-    def _count(self, encoded: EncodedExample) -> None:
-        self.longest_tokens = max(self.longest_tokens, encoded.n_tokens_before)
-        if encoded.n_trained_tokens == 0:
-            self.n_dropped += 1
-            return
-        self.n_examples += 1
-        self.n_truncated += encoded.truncated
-        self.n_tokens += len(encoded.input_ids)
-        self.n_trained_tokens += encoded.n_trained_tokens
-        if self.on_example is not None:
-            self.on_example(encoded)
-
     def _problem(self, min_examples: int) -> DatasetProblem | None:
-        if self.errors:
-            return DatasetProblem("invalid_training_file", f"{_FAILED} {_summary(self)}")
-        if self.n_lines == 0:
+        found = self.found
+        if found.errors:
+            return DatasetProblem("invalid_training_file", f"{_FAILED} {_summary(found)}")
+        if found.n_lines == 0:
             return DatasetProblem("invalid_training_file", f"{_FAILED} The file is empty.")
-        if self.n_lines < min_examples:
+        if found.n_lines < min_examples:
             return DatasetProblem(
                 "invalid_n_examples",
-                f"Training file has {self.n_lines} example(s), but must have at least "
+                f"Training file has {found.n_lines} example(s), but must have at least "
                 f"{min_examples} examples",
             )
-        if self.n_examples == 0:
+        if found.n_examples == 0:
             return DatasetProblem(
                 "invalid_training_file",
-                f"{_FAILED} None of its {self.n_lines} examples has anything to train on: every "
+                f"{_FAILED} None of its {found.n_lines} examples has anything to train on: every "
                 f"assistant message has weight 0 or lies beyond the context length of "
-                f"{self.context_length} tokens.",
+                f"{self.settings.context_length} tokens.",
             )
         return None
 
 
-def _summary(scan: _Scan) -> str:
+def _numbered(error: LineError, line: int) -> LineError:
+    # The first: what follows may be the file's own words.
+    return replace(error, line=line, message=error.message.replace("{number}", str(line), 1))
+
+
+def _summary(found: Scanned) -> str:
     """Give the first error in full and say where the next ones are."""
-    first, *others = scan.errors
-    if scan.n_errors == 1:
+    first, *others = found.errors
+    if found.n_errors == 1:
         return first.message
     lines = ", ".join(str(error.line) for error in others[:10])
-    more = ", …" if scan.n_errors > 11 else ""
-    return f"{first.message} ({scan.n_errors} bad lines in all; the next: {lines}{more})"
-
-
-def _not_jsonl(number: int, text: str) -> ExampleError:
-    start = text.strip()[:20]
-    return ExampleError(
-        "not_jsonl",
-        "Expected file to have JSONL format, where every line is a JSON dictionary. "
-        f'Line {number} is not a dictionary (HINT: line starts with: "{start}...").',
-    )
-
-
-def _depth(value: object) -> int:
-    """Return how many lists and objects are inside one another, without recursion."""
-    depth, level = 0, [value]
-    while level := [item for item in level if isinstance(item, dict | list)]:
-        depth += 1
-        level = [
-            child for item in level for child in (item.values() if isinstance(item, dict) else item)
-        ]
-    return depth
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+    more = ", …" if found.n_errors > 11 else ""
+    return f"{first.message} ({found.n_errors} bad lines in all; the next: {lines}{more})"

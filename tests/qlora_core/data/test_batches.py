@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from qlora_core.data import Dataset, collate, epoch_order, group_by_tokens, windows
-from qlora_core.data.dataset import FlatTokens
+from qlora_core.data.dataset import Examples
 from qlora_core.text import EncodedExample
 
 
 def _dataset(*masks: str) -> Dataset:
     """One example per mask: 'x' is trained, '.' is not; ids count up from 10."""
-    tokens = FlatTokens()
+    examples: list[EncodedExample] = []
     next_id = 10
     for mask in masks:
         trained = [letter == "x" for letter in mask]
         ids = list(range(next_id, next_id + len(mask)))
         next_id += len(mask)
-        tokens.add(EncodedExample(ids, trained, False, sum(trained), len(mask)))
+        examples.append(EncodedExample(ids, trained, False, sum(trained), len(mask)))
     report: Any = None
-    return Dataset(tokens, report)
+    return Dataset(Examples.of(examples), report)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_core.text import DatasetReport, TextEncoder, check_dataset
-from qlora_core.text.check import LONGEST_LINE_BYTES
+from qlora_core.text.scanning import LONGEST_LINE_BYTES
 
 GOOD = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b c"}]}
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTJConfig
 
 from qlora_core.data import Batch, Dataset, collate, pack
-from qlora_core.data.dataset import FlatTokens
+from qlora_core.data.dataset import Examples
 from qlora_core.nn import LoraConfig, add_lora, lora_modules
 from qlora_core.text import EncodedExample, TextEncoder
 from qlora_core.train import Event, Notice, StepMetrics, ValidationMetrics, train
@@ -24,18 +24,19 @@ from tests.qlora_core.train.families import VOCABULARY, build
 PACKED = ["llama", "mistral with a window", "qwen2, tied", "qwen3", "gemma2", "gemma3", "gemma3 with eyes", "phi3",
           "mixtral", "granite", "cohere2", "gpt_neox", "gpt2", "opt", "llama4"]  # fmt: skip
 PADDED = ["falcon", "falcon with alibi", "bloom", "mamba", "jamba"]
-# Shorter and longer than the families' windows (5 and 6), one of a single token, none a multiple of anything.
-LENGTHS = (9, 2, 23, 1, 14)
+# Shorter and longer than the families' windows (5 and 6), two of the least tokens that can be trained on.
+LENGTHS = (9, 2, 23, 2, 14)
 
 
 def _dataset() -> Dataset:
     generator = torch.Generator().manual_seed(5)
-    tokens, report = FlatTokens(), Any
+    examples: list[EncodedExample] = []
     for length in LENGTHS:
         ids = torch.randint(3, VOCABULARY - 6, (length,), generator=generator).tolist()
-        trained = [False, *(i % 3 != 1 for i in range(1, length))]
-        tokens.add(EncodedExample(ids, trained, False, sum(trained), length))
-    return Dataset(tokens, report)  # pyright: ignore[reportArgumentType]
+        trained = [i % 3 != 0 for i in range(length)]
+        examples.append(EncodedExample(ids, trained, False, sum(trained), length))
+    report: Any = None
+    return Dataset(Examples.of(examples), report)
 
 
 def _packed() -> Batch:
