@@ -7,7 +7,6 @@ what one part finds does not depend on the others, but for the file's format, wh
 from __future__ import annotations
 
 import codecs
-import json
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 from qlora_core.text.encoder import EncodedExample, TextEncoder
 from qlora_core.text.example_error import ExampleError, shortened
 from qlora_core.text.formats import ChatExample, parse_example
+from qlora_core.text.jsonl import EXPECTED, UTF16_MARKS, LineUnreadable, read_object
 from qlora_core.text.report import DatasetFormat, LineError
 from qlora_core.text.template import TemplateError
 
@@ -24,7 +24,6 @@ LONGEST_LINE_BYTES = 8 * 1024 * 1024
 _PROGRESS_LINES = 64
 # Of a template's own words, which may quote a whole message.
 _SHOWN_REASON_CHARACTERS = 200
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 # Deeper than any tool schema, far from where Python's own stack would end.
 _DEEPEST_NESTING = 100
 
@@ -205,25 +204,15 @@ class _Scan:
                 "line_too_long",
                 f"{{example}} is longer than {LONGEST_LINE_BYTES} bytes; split it into shorter examples.",
             )
-        if is_first and line.startswith(_UTF16_MARKS):
-            self.found.is_hopeless = True
-            raise ExampleError("invalid_utf8", "The file is UTF-16; save it as UTF-8.")
         try:
-            text = line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ExampleError(
-                "invalid_utf8",
-                f"{{example}} is not valid UTF-8: byte {error.start + 1} of the line is "
-                f"0x{line[error.start]:02x}.",
-            ) from error
-        try:
-            value = json.loads(text, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise _not_jsonl(text) from error
-        if not isinstance(value, dict):
-            raise _not_jsonl(text)
+            value = read_object(line)
+        except LineUnreadable as error:
+            if is_first and line.startswith(UTF16_MARKS):
+                self.found.is_hopeless = True  # every line would say the same
+            subject = "{example}" if error.code == "invalid_utf8" else f"{EXPECTED} Line {{number}}"
+            raise ExampleError(error.code, f"{subject} {error.reason}") from error
         if (
-            text.count("[") + text.count("{") > _DEEPEST_NESTING
+            line.count(b"[") + line.count(b"{") > _DEEPEST_NESTING
             and _depth(value) > _DEEPEST_NESTING
         ):
             raise ExampleError("nested_too_deeply", "{example} is nested too deeply.")
@@ -235,15 +224,6 @@ class _Scan:
             self.found.errors.append(error)
 
 
-def _not_jsonl(text: str) -> ExampleError:
-    start = text.strip()[:20]
-    return ExampleError(
-        "not_jsonl",
-        "Expected file to have JSONL format, where every line is a JSON dictionary. "
-        f'Line {{number}} is not a dictionary (HINT: line starts with: "{start}...").',
-    )
-
-
 def _depth(value: object) -> int:
     """Return how many lists and objects are inside one another, without recursion."""
     depth, level = 0, [value]
@@ -253,7 +233,3 @@ def _depth(value: object) -> int:
             child for item in level for child in (item.values() if isinstance(item, dict) else item)
         ]
     return depth
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")

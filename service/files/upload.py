@@ -7,10 +7,10 @@ use the file; here only the first line has to look like JSONL, so that a wrong f
 import asyncio
 import codecs
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 
+from qlora_core.text.jsonl import EXPECTED, LineUnreadable, check_start, read_object
 from service.errors import InvalidRequest, QuotaExceeded, StorageFull, TooLarge
 from service.ids import new_id
 from service.settings import Settings
@@ -22,7 +22,6 @@ _WRITE_BYTES = 1 << 20
 _CHECK_DISK_EVERY_BYTES = 16 << 20
 _MAX_FIRST_LINE_BYTES = 1 << 20
 _MAX_FILENAME_LENGTH = 255
-_HINT_LENGTH = 10
 
 
 @dataclass(frozen=True)
@@ -242,24 +241,24 @@ class FirstLine:
         self.is_whole = bool(newline) or len(self._line) == _MAX_FIRST_LINE_BYTES
 
     def check(self) -> None:
-        """Raise InvalidRequest, in OpenAI's words, unless the line is a JSON object."""
-        line = bytes(self._line).strip()
-        if len(self._line) == _MAX_FIRST_LINE_BYTES:
-            is_object = line.startswith(b"{")  # cut off: the rest is for the job to judge
-        else:
-            try:
-                is_object = isinstance(json.loads(line.decode("utf-8")), dict)
-            except (ValueError, RecursionError):
-                is_object = False
-        if not is_object:
-            start = line[:_HINT_LENGTH].decode("utf-8", "replace")
-            hint = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in start)
+        """Raise InvalidRequest unless the line is a JSON object, or may be one where it is cut off."""
+        if not self._line.strip():
             raise InvalidRequest(
-                "Expected file to have JSONL format, where every line is a JSON dictionary."
-                f' Line {self._number} is not a dictionary (HINT: line starts with: "{hint}…").',
-                param="file",
-                code="invalid_jsonl",
+                "The file is empty: it has blank lines only.", param="file", code="empty_file"
             )
+        try:
+            if len(self._line) == _MAX_FIRST_LINE_BYTES:
+                check_start(bytes(self._line))  # the rest is for the job to judge
+            else:
+                read_object(bytes(self._line))
+        except LineUnreadable as error:
+            raise self._invalid(error.reason) from error
+        except RecursionError as error:
+            raise self._invalid("is nested too deeply.") from error
+
+    def _invalid(self, reason: str) -> InvalidRequest:
+        message = f"{EXPECTED} Line {self._number} {reason}"
+        return InvalidRequest(message, param="file", code="invalid_jsonl")
 
 
 def _too_large(settings: Settings) -> TooLarge:

@@ -64,12 +64,21 @@ def test_a_megabyte_of_blank_lines_holds_nobody_up() -> None:
         (b'\xef\xbb\xbf\r\n\n{"a": 1}\n', None),  # nothing but a mark in the first line
         (b'\n\xef\xbb\xbf{"a": 1}\n', "Line 2 is not a dictionary"),  # a mark that is none
         (b"{}\n", None),
-        (b"[]\n", 'Line 1 is not a dictionary (HINT: line starts with: "[]…")'),
-        (b"\n\nabc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc…")'),
-        (b"{'a': 1}\n", "Line 1 is not a dictionary"),
-        (b" \n \t\r\n  abc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc…")'),
-        (b"   ", "Line 1 is not a dictionary"),
-        (b"\n\n", "Line 3 is not a dictionary"),
+        (b"[]\n", 'Line 1 is not a dictionary (HINT: line starts with: "[]...")'),
+        (b"\n\nabc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc...")'),
+        (b"{'a': 1}\n", "Line 1 is not valid JSON: at column 2, a name in double quotes"),
+        (
+            b'\n{"a": ' + b"1" * 5000 + b"}\n",
+            "Line 2 is not valid JSON that can be read: a number has",
+        ),
+        (b'{"a": 1}\r{"a": 2}\r', "Line 1 has carriage returns alone where lines end"),
+        ('{"a": 1}\n'.encode("utf-16"), "Line 1 is not UTF-8 but UTF-16; save the file as UTF-8."),
+        (b'{"a": "\xff"}\n', "Line 1 is not valid UTF-8: byte 8 of the line is 0xff."),
+        (b'{"a": ' + b"[" * 100_000 + b"\n", "Line 1 is nested too deeply."),
+        (b" \n \t\r\n  abc\n", 'Line 3 is not a dictionary (HINT: line starts with: "abc...")'),
+        (b"   ", "The file is empty: it has blank lines only."),
+        (b"\n\n", "The file is empty: it has blank lines only."),
+        (b"\xef\xbb\xbf", "The file is empty: it has blank lines only."),
     ],
 )
 def test_the_first_line_must_be_a_json_object(content: bytes, told: str | None, piece: int) -> None:
@@ -94,6 +103,15 @@ def test_a_first_line_of_many_megabytes_is_judged_by_its_start() -> None:
     line.check()
 
     assert line.is_whole
+
+
+def test_many_megabytes_of_lines_that_end_in_carriage_returns_are_told_so() -> None:
+    line = FirstLine()
+    for _ in range(40):
+        line.add(b'{"messages": "' + b"x" * 100_000 + b'"}\r')
+
+    with pytest.raises(InvalidRequest, match="carriage returns"):
+        line.check()
 
 
 @pytest.mark.parametrize(
