@@ -147,8 +147,8 @@ class _Whole:
         whole.longest_tokens = max(whole.longest_tokens, part.longest_tokens)
         whole.errors += part.errors[: self.settings.max_errors - len(whole.errors)]
         for name in (
-            "n_numbered", "n_lines", "n_examples", "n_truncated", "n_dropped", "n_tokens",
-            "n_trained_tokens", "n_errors",
+            "n_numbered", "n_lines", "n_examples", "n_truncated", "n_dropped", "n_dropped_truncated",
+            "n_tokens", "n_trained_tokens", "n_errors",
         ):  # fmt: skip
             setattr(whole, name, getattr(whole, name) + getattr(part, name))
 
@@ -161,6 +161,7 @@ class _Whole:
             n_examples=found.n_examples,
             n_truncated=found.n_truncated,
             n_dropped=found.n_dropped,
+            n_dropped_truncated=found.n_dropped_truncated,
             n_tokens=found.n_tokens,
             n_trained_tokens=found.n_trained_tokens,
             longest_tokens=found.longest_tokens,

@@ -43,6 +43,7 @@ class DatasetReport:
         n_examples: examples that will be trained on.
         n_truncated: of these, the ones cut at their end to fit the context length.
         n_dropped: good lines left out because nothing in them is trained (after truncation).
+        n_dropped_truncated: of these, the ones that were cut.
         n_tokens: over ``n_examples``, after truncation.
         n_trained_tokens: of these, the ones that carry loss.
         longest_tokens: the longest example before truncation.
@@ -56,6 +57,7 @@ class DatasetReport:
     n_examples: int
     n_truncated: int
     n_dropped: int
+    n_dropped_truncated: int
     n_tokens: int
     n_trained_tokens: int
     longest_tokens: int

@@ -52,8 +52,8 @@ class Scanned:
     Attributes:
         format: of the file, as far as this part knows.
         n_numbered: lines of the part, blank ones included.
-        n_lines, n_examples, n_truncated, n_dropped, n_tokens, n_trained_tokens, longest_tokens, errors,
-            n_errors: as in ``DatasetReport``; ``{number}`` stands in a message where the line's belongs.
+        n_lines, n_examples, n_truncated, n_dropped, n_dropped_truncated, n_tokens, n_trained_tokens,
+            longest_tokens, errors, n_errors: as in ``DatasetReport``; ``{number}`` stands in a message where the line's belongs.
         is_hopeless: whether the rest of the file need not be read.
         tokens: int32, one example after the other; the complement of the id where it is trained (`~id`, so below 0).
         lengths, trained_counts: int32, of each example, in tokens.
@@ -66,6 +66,7 @@ class Scanned:
     n_examples: int = 0
     n_truncated: int = 0
     n_dropped: int = 0
+    n_dropped_truncated: int = 0
     n_tokens: int = 0
     n_trained_tokens: int = 0
     longest_tokens: int = 0
@@ -82,6 +83,7 @@ class Scanned:
         self.longest_tokens = max(self.longest_tokens, encoded.n_tokens_before)
         if encoded.n_trained_tokens == 0:
             self.n_dropped += 1
+            self.n_dropped_truncated += encoded.truncated
             return
         self.n_examples += 1
         self.n_truncated += encoded.truncated

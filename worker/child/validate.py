@@ -47,7 +47,7 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
         context_length=context_length,
         min_examples=_MIN_TRAINING_EXAMPLES,
     )
-    _tell(report, "training_file", training, context_length)
+    tell(report, "training_file", training, context_length=context_length)
     validation: DatasetReport | None = None
     if spec["validation_file"] is not None:
         validation = check_dataset(
@@ -56,7 +56,7 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
             context_length=context_length,
             min_examples=_MIN_VALIDATION_EXAMPLES,
         )
-        _tell(report, "validation_file", validation, context_length)
+        tell(report, "validation_file", validation, context_length=context_length)
 
     reports: dict[str, Any] = {
         "training_file": training.as_dict(),
@@ -99,12 +99,12 @@ def _invalid_validation(message: str) -> JobError:
     return {"code": "invalid_validation_file", "message": message, "param": "validation_file"}
 
 
-def _tell(report: Report, param: Param, found: DatasetReport, context_length: int) -> None:
+def tell(report: Report, param: Param, found: DatasetReport, *, context_length: int) -> None:
     """Tell every bad line, and what was cut or left out."""
-    name = param.replace("_", " ")
+    name = param.replace("_", " ").capitalize()
     for error in found.errors:
         report.message(
-            f"{name.capitalize()}, line {error.line}: {error.message}",
+            f"{name}, line {error.line}: {error.message}",
             level="error",
             data={
                 "kind": "line_error",
@@ -117,23 +117,41 @@ def _tell(report: Report, param: Param, found: DatasetReport, context_length: in
     if found.n_errors > len(found.errors):
         more = found.n_errors - len(found.errors)
         report.message(
-            f"{name.capitalize()}: {more} more bad lines are not listed",
+            f"{name}: {more} more bad {'line is' if more == 1 else 'lines are'} not listed",
             level="error",
             data={"kind": "line_errors_left_out", "param": param, "count": more},
         )
     if found.n_truncated:
         report.message(
-            f"{name.capitalize()}: {found.n_truncated} examples are longer than the context length of"
-            f" {context_length} tokens and are cut at their end",
+            f"{name}: {_examples(found.n_truncated)} longer than the context length of {context_length} tokens and"
+            f" {'is cut at its' if found.n_truncated == 1 else 'are cut at their'} end",
             level="warn",
             data={"kind": "truncated", "param": param, "count": found.n_truncated},
         )
     if found.n_dropped:
         report.message(
-            f"{name.capitalize()}: {found.n_dropped} examples are left out, since nothing in them would be trained",
+            f"{name}: {_why_left_out(found, context_length)}",
             level="warn",
             data={"kind": "dropped", "param": param, "count": found.n_dropped},
         )
+
+
+def _examples(count: int) -> str:
+    return "1 example is" if count == 1 else f"{count} examples are"
+
+
+def _why_left_out(found: DatasetReport, context_length: int) -> str:
+    """An example may have been left out because its answers lie beyond the context length."""
+    count, too_long = found.n_dropped, found.n_dropped_truncated
+    them = "it" if count == 1 else "them"
+    text = f"{_examples(count)} left out, since nothing in {them} would be trained"
+    if too_long == 0:
+        return text
+    if too_long == count:
+        which = "it is" if count == 1 else "all of them are"
+    else:
+        which = f"{too_long} of them {'is' if too_long == 1 else 'are'}"
+    return f"{text}: {which} too long for the context length of {context_length} tokens"
 
 
 def _limit(memory_bytes: int, time_s: int) -> None:

@@ -242,6 +242,7 @@ def test_long_examples_are_truncated_and_those_with_nothing_left_dropped(
         1,
         2,
     )
+    assert report.n_dropped_truncated == 1
     assert report.longest_tokens > 90
 
 
