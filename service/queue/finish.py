@@ -1,5 +1,6 @@
 """Every way an attempt ends. Each is one transaction under the fence, with its event and outbox row."""
 
+import signal
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -155,7 +156,7 @@ def take_back(
         _cancel(session, job.id, job.attempt_no)
         return None
     if lost_attempts >= max_attempts:
-        _fail_lost(session, job, lost_attempts, reason)
+        _fail_lost(session, job, lost_attempts, reason, detail)
         return None
     event = NewEvent(
         f"The job goes back to the queue: {reason}",
@@ -186,12 +187,21 @@ def _cancel(session: Session, job_id: str, attempt_no: int) -> None:
     move(session, job_id, "cancelled", event, attempt_no=attempt_no, estimated_finish=None)
 
 
-def _fail_lost(session: Session, job: Job, lost_attempts: int, reason: str) -> None:
+_HINT = "The worker's log says more."
+_MEMORY_HINT = (
+    "The worker's log says more; if its machine was short of memory, use a smaller batch_size or context_length."
+)
+
+
+def _fail_lost(
+    session: Session, job: Job, lost_attempts: int, reason: str, detail: dict[str, Any] | None
+) -> None:
+    was_killed = detail is not None and detail.get("exit_status") == -signal.SIGKILL
     error: JobError = {
         "code": "worker_lost",
         "message": f"The job was lost {lost_attempts} times, the last time because {reason}.",
         "param": None,
-        "hint": "Look into the workers' logs; if they are short of memory, use a smaller batch or context.",
+        "hint": _MEMORY_HINT if was_killed else _HINT,
     }
     move(
         session,

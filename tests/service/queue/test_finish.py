@@ -1,3 +1,4 @@
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +173,31 @@ def test_the_last_allowed_loss_fails_the_job_with_the_reason(
     # A log quotes folders of the server: it is the operator's.
     assert "log_tail" not in job.error
     assert session.get_one(Attempt, (job_id, 2)).detail == {"log_tail": "the end"}
+
+
+@pytest.mark.parametrize(
+    ("exit_status", "of_memory"),
+    [(-signal.SIGKILL, True), (-signal.SIGSEGV, False), (1, False), (None, False)],
+)
+def test_only_a_process_that_was_killed_is_told_to_look_to_its_memory(
+    make_job: MakeJob,
+    make_claim: MakeClaim,
+    session: Session,
+    sessions: sessionmaker[Session],
+    exit_status: int | None,
+    of_memory: bool,
+) -> None:
+    job_id = make_job()
+    fence = claimed(make_claim()).fence
+    detail = None if exit_status is None else {"exit_status": exit_status}
+
+    with transaction(sessions) as tx:
+        finish.give_back(tx, fence, lost=True, reason="it died", max_attempts=1, detail=detail)
+
+    error = session.get_one(Job, job_id).error
+    assert error is not None
+    assert ("memory" in error["hint"]) is of_memory
+    assert "log" in error["hint"]
 
 
 def test_a_lost_validation_waits_for_validation_again(
