@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
+
+import torch
 
 from qlora_core.data.batches import Batch, Batching, collate, pack
 from qlora_core.data.dataset import Dataset
@@ -44,21 +46,21 @@ def largest_group(
         packed: whether examples follow each other in one row, instead of being padded to the longest.
         alone_above: a longer example gets one of its own, too.
     """
-    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    falling = [lengths[index] for index in longest_first]
-    sums = [0, *itertools.accumulate(falling)]
-    together = 0
-    if alone_above is not None:
-        together = bisect_left(falling, -alone_above, key=lambda length: -length)
-    best, best_size = longest_first[:1], falling[0]
+    # Tensors, since there may be millions.
+    is_flat = isinstance(lengths, array) and lengths.typecode == "i"
+    of_all = torch.frombuffer(lengths, dtype=torch.int32) if is_flat else torch.tensor(lengths)
+    falling, longest_first = of_all.sort(descending=True, stable=True)
+    sums = torch.cat([torch.zeros(1, dtype=torch.int64), falling.cumsum(0)])
+    together = 0 if alone_above is None else int((falling > alone_above).sum())
+    best, best_size = [int(longest_first[0])], int(falling[0])
     for n in range(2, min(batch_size, len(lengths)) + 1):
 
         def size(start: int, n: int = n) -> int:
-            return sums[start + n] - sums[start] if packed else n * falling[start]
+            return int(sums[start + n] - sums[start]) if packed else n * int(falling[start])
 
         # Sizes fall from start to start; the first group that is allowed is the largest of so many.
         starts = range(len(lengths) - n + 1)
         start = bisect_left(starts, -max_tokens, lo=together, key=lambda start: -size(start))
         if start < len(starts) and size(start) > best_size:
-            best, best_size = longest_first[start : start + n], size(start)
+            best, best_size = longest_first[start : start + n].tolist(), size(start)
     return best

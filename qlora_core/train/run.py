@@ -68,7 +68,7 @@ class Run:
     start: str | None
     best: Weights = field(default_factory=dict)
     _epoch: int | None = None
-    _windows: list[list[int]] = field(default_factory=list)
+    _windows: Sequence[list[int]] = ()
 
     @property
     def steps_per_epoch(self) -> int:

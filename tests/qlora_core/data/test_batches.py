@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import pytest
 import torch
 
 from qlora_core.data import Dataset, collate, epoch_order, group_by_tokens, windows
@@ -32,11 +33,17 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert sorted(first) == list(range(100))
     assert first != epoch_order(100, seed=1, epoch=1)
     assert first != epoch_order(100, seed=2, epoch=0)
-    assert epoch_order(6, seed=0, epoch=0) == [2, 3, 1, 0, 5, 4]  # pinned: resumes across versions
+    # Pinned: runs resume across versions.
+    assert list(epoch_order(6, seed=0, epoch=0)) == [2, 3, 1, 0, 5, 4]
 
 
 def test_windows_hold_every_example_once_and_the_last_may_be_smaller() -> None:
-    assert windows([4, 2, 0, 1, 3], 2) == [[4, 2], [0, 1], [3]]
+    found = windows([4, 2, 0, 1, 3], 2)
+
+    assert list(found) == [[4, 2], [0, 1], [3]]
+    assert (len(found), found[1], found[-1], found[1:]) == (3, [0, 1], [3], [[0, 1], [3]])
+    with pytest.raises(IndexError):
+        found[3]
 
 
 def test_micro_batches_stay_in_their_budget_longest_first() -> None:
