@@ -39,9 +39,9 @@ def up(
     try:
         settings = read_settings(data_dir=data_dir, host=host, port=port)
         with Service(settings, say=say, worker=worker) as service:
-            say(_greeting(service))
             if json:
                 output.print_json({name: at for name, _, at in _places(service)})
+            say(_greeting(service))
             _stay(service)
     except (LaunchError, SettingsInvalid) as error:
         exit_with(Ending(ExitCode.FAILED, str(error)))
