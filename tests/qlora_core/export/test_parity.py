@@ -24,7 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
 ]
 
-# Fused projections, experts, biases, parallel blocks, transposed weights; nothing in the engine names the last five.
+# Fused projections, experts, biases, parallel blocks, transposed weights; nothing in the engine names OLMo 2, GPT-NeoX
+# and StableLM.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "olmo2", "gpt_neox", "stablelm", "falcon", "gpt2")  # fmt: skip
 
 PATTERNS = LoraConfig(
