@@ -20,6 +20,7 @@ from service.queue.fence import Fence, hold
 from service.tables import Job
 from worker.companion import Companion
 from worker.context import WorkerContext, outlast
+from worker.reasons import told
 from worker.relay import Line
 
 log = get_logger(__name__)
@@ -123,7 +124,7 @@ def publish(
     except (StorageFull, Unavailable, AdapterIncomplete, OSError) as error:
         log.warning("checkpoint_not_published", job_id=fence.job_id, reason=str(error))
         event = NewEvent(
-            f"The checkpoint of step {step} could not be kept: {error}",
+            f"The checkpoint of step {step} could not be kept: {told(error)}",
             level="warn",
             data={"kind": line.kind, "step": step},
             line_no=line.n,

@@ -33,6 +33,13 @@ def is_disk_full(error: BaseException) -> bool:
     return False
 
 
+def told(error: Exception) -> str:
+    """Return what a user reads of an error: of one of the system's without the path on this machine."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        return error.strerror
+    return str(error)
+
+
 def disk_full() -> JobError:
     """Return the reason "the disk is full"."""
     return {

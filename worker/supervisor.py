@@ -23,7 +23,7 @@ from worker.folder import AttemptFolder
 from worker.inputs import InputsMissing, prepare
 from worker.lease import LeaseKeeper
 from worker.outcome import Cause, Verdict, apply, judge
-from worker.reasons import disk_full, is_disk_full
+from worker.reasons import disk_full, is_disk_full, told
 from worker.relay import Relay
 from worker.spawn import Child
 
@@ -250,4 +250,5 @@ def _no_room_or_no_answer(error: Exception) -> Verdict:
     if isinstance(error, AdapterIncomplete):
         reason = {"code": "adapter_incomplete", "message": str(error), "param": None}
         return Verdict("failed", error=reason)
-    return Verdict("requeue", lost=True, reason=f"its files could not be read or written: {error}")
+    log.warning("files_not_read_or_written", reason=str(error))
+    return Verdict("requeue", lost=True, reason=f"its files could not be read or written: {told(error)}")

@@ -121,3 +121,5 @@ def test_a_model_folder_without_usable_weights_is_refused(
 
     assert job.error is not None
     assert (job.error.code, job.error.param) == (code, "model")
+    assert model in (job.error.message or "")
+    assert str(user.deployment.folder) not in (job.error.message or "")

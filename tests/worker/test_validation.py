@@ -97,7 +97,8 @@ def test_a_disk_that_takes_no_folder_costs_attempts_and_not_their_leases(
 
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
-    assert "attempts" in job.error["message"]
+    assert "could not be read or written: Not a directory" in job.error["message"]
+    assert str(crew.context.settings.data_dir) not in job.error["message"]
 
 
 def test_a_file_whose_bytes_are_gone_fails_the_job_by_name(

@@ -6,6 +6,7 @@ prompts.py    checks the sample prompts
 plan.py       spec.json into the engine's own terms
 train.py      loads, trains, exports with qlora_core
 report.py     events.jsonl
+wording.py    messages without folders of this machine
 lease.py      waits while the lease may be over
 failures.py   exceptions into {code, message, hint}
 """

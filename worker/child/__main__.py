@@ -8,6 +8,7 @@ import argparse
 import importlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -43,12 +44,17 @@ def _run(module: ModuleType, folder: AttemptFolder) -> dict[str, object]:
     """Run the attempt and return what result.json will hold, whatever happens."""
     from worker.child.failures import explain
     from worker.child.report import Report
+    from worker.child.wording import public_words
 
-    with Report(folder.events) as report:
-        try:
-            return module.run(folder, folder.read_spec(), report)
-        except Exception as error:  # noqa: BLE001  (the process's edge: it becomes a stored failure)
-            return {"outcome": "failed", "error": explain(error)}
+    say: Callable[[str], str] = str
+    try:
+        spec = folder.read_spec()
+        say = public_words(folder, spec)
+        with Report(folder.events, say) as report:
+            return module.run(folder, spec, report)
+    except Exception as error:  # noqa: BLE001  (the process's edge: it becomes a stored failure)
+        reason = explain(error)
+        return {"outcome": "failed", "error": reason | {"message": say(reason["message"])}}
 
 
 def _write_to(log: Path) -> None:

@@ -19,10 +19,12 @@ _HINTS = {
 
 
 def explain(error: BaseException) -> JobError:
-    """Return what the job's `error` will say; the traceback of what nobody expected goes to the log."""
+    """Return what the job's `error` will say; the log gets the traceback."""
     if isinstance(error, EngineError):
+        traceback.print_exception(error)  # the log may show folders, which users do not see
         return _reason(str(error.code), str(error), _param(error))
     if isinstance(error, ModelUnavailable):
+        traceback.print_exception(error)
         return _reason("model_unavailable", str(error), "model")
     if is_disk_full(error):
         return disk_full()

@@ -21,7 +21,9 @@ class EngineEvent(Protocol):
 class Report:
     """The lines of one attempt, numbered from 1."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, say: Callable[[str], str] = str) -> None:
+        """`say` makes a message fit for users."""
+        self._say = say
         self._file = path.open("a", encoding="utf-8")
         self._n = 0
 
@@ -50,7 +52,7 @@ class Report:
             "at": time.time(),
             "level": level,
             "type": type_,
-            "message": storable_text(text),
+            "message": storable_text(self._say(text)),
             "data": storable(data) or {},
         }
         # One write per line: the reader never takes half of one for the whole.

@@ -34,6 +34,14 @@ def test_every_failure_has_a_code_and_a_sentence(
     assert told["message"]
 
 
+def test_the_log_keeps_the_folders_that_users_do_not_see(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    explain(ModelWeightsPickle("the model in /srv/models/a has only pickle files"))
+
+    assert "/srv/models/a" in capsys.readouterr().err
+
+
 def test_what_nobody_expected_keeps_its_details_to_the_log(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
