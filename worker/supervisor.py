@@ -251,4 +251,6 @@ def _no_room_or_no_answer(error: Exception) -> Verdict:
         reason = {"code": "adapter_incomplete", "message": str(error), "param": None}
         return Verdict("failed", error=reason)
     log.warning("files_not_read_or_written", reason=str(error))
-    return Verdict("requeue", lost=True, reason=f"its files could not be read or written: {told(error)}")
+    return Verdict(
+        "requeue", lost=True, reason=f"its files could not be read or written: {told(error)}"
+    )

@@ -185,9 +185,9 @@ class _Whole:
         if found.n_examples == 0:
             return DatasetProblem(
                 "invalid_training_file",
-                f"{_FAILED} None of its {found.n_lines} examples has anything to train on: every "
-                f"assistant message has weight 0 or lies beyond the context length of "
-                f"{self.settings.context_length} tokens.",
+                f"{_FAILED} {_none_of(found.n_lines)} anything to train on: every assistant message "
+                f"has weight 0 or lies beyond the context length of {self.settings.context_length} "
+                "tokens.",
             )
         return None
 
@@ -195,6 +195,12 @@ class _Whole:
 def _numbered(error: LineError, line: int) -> LineError:
     # The first: what follows may be the file's own words.
     return replace(error, line=line, message=error.message.replace("{number}", str(line), 1))
+
+
+def _none_of(n_lines: int) -> str:
+    if n_lines == 1:
+        return "Its only example does not have"
+    return f"None of its {n_lines} examples has"
 
 
 def _summary(found: Scanned) -> str:

@@ -188,7 +188,9 @@ def _cancel(session: Session, job_id: str, attempt_no: int) -> None:
 
 
 _HINT = "The worker's log says more."
-_MEMORY_HINT = f"{_HINT} If its machine was short of memory, use a smaller batch_size or context_length."
+_MEMORY_HINT = (
+    f"{_HINT} If its machine was short of memory, use a smaller batch_size or context_length."
+)
 
 
 def _fail_lost(

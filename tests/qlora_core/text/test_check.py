@@ -257,6 +257,17 @@ def test_nothing_left_to_train_is_a_problem(encoder: TextEncoder, tmp_path: Path
     assert report.n_dropped == 10
 
 
+def test_a_single_example_without_anything_to_train_is_told_in_the_singular(
+    encoder: TextEncoder, tmp_path: Path
+) -> None:
+    silent = {"messages": [GOOD["messages"][0], {**GOOD["messages"][1], "weight": 0}]}
+
+    report = _check(encoder, tmp_path, silent, min_examples=1)
+
+    assert report.problem is not None
+    assert "Its only example does not have anything to train on" in report.problem.message
+
+
 def test_a_model_without_a_template_is_said_once(make_folder: Any, tmp_path: Path) -> None:
     folder = make_folder("chatml")
     (folder / "tokenizer_config.json").unlink()
