@@ -7,7 +7,6 @@ follows from character spans, never from searching ids. Templates write their ow
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from qlora_core.text.special_tokens import (
     find_turn_ends,
 )
 from qlora_core.text.template import ChatTemplate, TemplateError
+from qlora_core.text.token_places import first_token
 
 Message = Mapping[str, Any]
 
@@ -208,13 +208,13 @@ class TextEncoder:
         )
         refuse_unwritten_tools(example, text)
         encoding = self._encoding(text)
-        ids, offsets = encoding.ids, encoding.offsets
+        ids = encoding.ids
         if not ids:
             raise ExampleError("empty_example", "{example} renders to an empty text.")
         trained = [train_on_inputs] * len(ids)
         ends_open = False
         for span in spans:
-            start, end = self._turn_tokens(span, ids, offsets)
+            start, end = self._turn_tokens(span, ids, encoding)
             is_trained = example.trained[span.message]
             trained[start:end] = [is_trained] * (end - start)
             closed = start < end and ids[end - 1] in self._turn_ends
@@ -224,26 +224,25 @@ class TextEncoder:
             ids, trained = [*ids, self.eos_id], [*trained, True]
         return ids, trained
 
-    def _turn_tokens(
-        self, span: Span, ids: list[int], offsets: list[tuple[int, int]]
-    ) -> tuple[int, int]:
+    def _turn_tokens(self, span: Span, ids: list[int], encoding: Encoding) -> tuple[int, int]:
         """Return the first token of a turn and the one after its last, which is the one that ends the turn."""
-        first = bisect_right(offsets, span.start, key=lambda offset: offset[1])
-        last = max(first, bisect_left(offsets, span.end, key=lambda offset: offset[0]))
-        ends = [i for i in range(first, last) if ids[i] in self._turn_ends]
+        first = first_token(encoding, ending_after=span.start)
+        last = max(first, first_token(encoding, starting_from=span.end))
         if not span.exact:
             # What the message says may itself hold such tokens, between its parts.
-            ends = [i for i in ends if offsets[i][1] >= span.said_until]
-            if not ends:
+            said = max(first, first_token(encoding, ending_after=span.said_until - 1))
+            end = next((i for i in range(said, last) if ids[i] in self._turn_ends), None)
+            if end is None:
                 raise ExampleError(
                     "template_not_prefix",
                     f"{{example}}, message {span.message + 1} cannot be masked: the chat template writes no "
                     "stop token after it, and writes it differently once other turns follow.",
                     f"messages[{span.message}]",
                 )
-            return first, ends[0] + 1
-        if ends:
-            return first, ends[-1] + 1
+            return first, end + 1
+        end = next((i for i in range(last - 1, first - 1, -1) if ids[i] in self._turn_ends), None)
+        if end is not None:
+            return first, end + 1
         if last < len(ids) and ids[last] in self._turn_ends:
             last += 1  # GLM ends an answer with the next turn's header token
         return first, last
@@ -251,10 +250,9 @@ class TextEncoder:
     def _encode_completion(self, example: CompletionExample) -> tuple[list[int], list[bool]]:
         refuse_tokens(self._forbidden, [example.prompt, example.completion])
         encoding = self._encoding(example.prompt + example.completion)
-        boundary = len(example.prompt)
         ids = [*self._prefix_ids, *encoding.ids]
-        trained = [False] * len(self._prefix_ids)
-        trained += [end > boundary for _, end in encoding.offsets]
+        n_prompt = len(self._prefix_ids) + first_token(encoding, ending_after=len(example.prompt))
+        trained = [index >= n_prompt for index in range(len(ids))]
         if self.eos_id is not None:
             ids, trained = [*ids, self.eos_id], [*trained, True]
         if not ids:
@@ -275,9 +273,9 @@ class TextEncoder:
 
     def _ends_in_stop(self, text: str, encoding: Encoding) -> bool:
         """Whether nothing but spaces follows a stop token."""
-        ids, offsets = encoding.ids, encoding.offsets
+        ids = encoding.ids
         last = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.stop_ids), None)
-        return last is not None and not text[offsets[last][1] :].strip()
+        return last is not None and not text[encoding.offsets[last][1] :].strip()
 
     def _template(self, tools: Sequence[Any] | None) -> ChatTemplate:
         """Return the template for these messages: ``tool_use`` where there are tools and such a one."""

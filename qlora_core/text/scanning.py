@@ -10,6 +10,7 @@ import codecs
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import neg, xor
 from typing import Any, BinaryIO
 
 from qlora_core.text.encoder import EncodedExample, TextEncoder
@@ -90,8 +91,8 @@ class Scanned:
         self.n_tokens += len(encoded.input_ids)
         self.n_trained_tokens += encoded.n_trained_tokens
         if keeps_tokens:
-            pairs = zip(encoded.input_ids, encoded.trained, strict=True)
-            self.tokens.extend(~token if trained else token for token, trained in pairs)
+            # token ^ -1 is ~token, and token ^ 0 is the token; per token, so in C.
+            self.tokens.extend(map(xor, encoded.input_ids, map(neg, encoded.trained)))
             self.lengths.append(len(encoded.input_ids))
             self.trained_counts.append(encoded.n_trained_tokens)
             self.lines.append(number)
