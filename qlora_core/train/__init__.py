@@ -11,6 +11,7 @@ from typing import Any
 from qlora_core.train.config import TrainConfig
 from qlora_core.train.events import (
     CheckpointSaved,
+    DatasetProgress,
     Event,
     Notice,
     ResumePointSaved,
@@ -22,9 +23,11 @@ from qlora_core.train.events import (
     ValidationMetrics,
 )
 from qlora_core.train.loop import TrainResult, train
+from qlora_core.train.reading import tell_reading
 
 __all__ = [
     "CheckpointSaved",
+    "DatasetProgress",
     "Event",
     "Notice",
     "ResumePointSaved",
@@ -36,6 +39,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "ValidationMetrics",
+    "tell_reading",
     "train",
 ]
 

@@ -25,6 +25,15 @@ Sink = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
+class DatasetProgress(Event):
+    """A large file is being read; told before the run starts (`reading.tell_reading`)."""
+
+    kind = "dataset_progress"
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True)
 class RunStarted(Event):
     """The model is ready and the first step is next; ``start_step`` steps are done already."""
 
@@ -57,7 +66,8 @@ class StepMetrics(Event):
         trained_tokens: of the whole run so far.
         memory: bytes by kind (`memory.MemoryMeter`).
         highest_losses: the step's three examples with the highest mean loss per trained token, highest
-            first: each ``{"example": its number in the dataset, from 0, "loss": in nats}``.
+            first: each ``{"example": its number in the dataset, from 0, "line": in the file, from 1, "loss":
+            in nats}``.
     """
 
     kind = "step_metrics"

@@ -94,7 +94,7 @@ def take_step(run: Run, progress: Progress) -> None:
             trained_tokens=progress.trained_tokens,
             step_time_s=step_time_s,
             memory=memory,
-            highest_losses=_highest(sums.example_losses),
+            highest_losses=_highest(run, sums.example_losses),
         )
     )
     if progress.not_finite_in_a_row > _NOT_FINITE_ALLOWED:
@@ -155,10 +155,13 @@ def _utilization(
     return flops / step_time_s / run.peak_flops_per_s
 
 
-def _highest(example_losses: dict[int, float]) -> list[dict[str, int | float]]:
+def _highest(run: Run, example_losses: dict[int, float]) -> list[dict[str, int | float]]:
     """Return the examples with the highest finite losses, the highest first."""
     finite = [(loss, -index) for index, loss in example_losses.items() if math.isfinite(loss)]
-    return [{"example": -index, "loss": loss} for loss, index in sorted(finite)[: -_TOLD - 1 : -1]]
+    return [
+        {"example": -index, "line": run.dataset.lines[-index], "loss": loss}
+        for loss, index in sorted(finite)[: -_TOLD - 1 : -1]
+    ]
 
 
 def _report_skipped(run: Run, progress: Progress, sums: WindowSums, grad_norm: float) -> None:
