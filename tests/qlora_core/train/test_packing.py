@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GPTJConfig
 
@@ -14,7 +16,7 @@ from qlora_core.data import Batch, Dataset, collate, pack
 from qlora_core.data.dataset import Examples
 from qlora_core.nn import LoraConfig, add_lora, lora_modules
 from qlora_core.text import EncodedExample, TextEncoder
-from qlora_core.train import Event, Notice, StepMetrics, ValidationMetrics, train
+from qlora_core.train import Event, Notice, StepMetrics, ValidationMetrics, packed_attention, train
 from qlora_core.train.checkpointing import checkpoint_activations
 from qlora_core.train.loss import SupervisedLoss
 from qlora_core.train.packed_attention import packed_row
@@ -242,6 +244,65 @@ def test_a_run_tells_that_it_pads(
 
     notices = [event.message for event in events if isinstance(event, Notice)]
     assert any("BloomForCausalLM" in notice and "padded" in notice for notice in notices)
+
+
+def _varlen_in_pytorch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    starts_of_keys: torch.Tensor,
+    longest: int,
+    longest_of_keys: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> torch.Tensor:
+    """What the documentation of `torch.nn.attention.varlen` says, on any device."""
+    assert starts.dtype == torch.int32
+    assert starts is starts_of_keys
+    assert window_size[1] == 0
+    assert longest == longest_of_keys == int(starts.diff().max())
+    found: list[torch.Tensor] = []
+    for start, end in itertools.pairwise(starts.tolist()):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query, key, value))
+        back = torch.arange(end - start)[:, None] - torch.arange(end - start)[None]
+        reach = window_size[0] if window_size[0] >= 0 else end - start
+        mask = (back >= 0) & (back <= reach)
+        one = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
+        )
+        found.append(one[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral with a window", "gpt_neox"])
+def test_the_one_kernel_is_asked_for_what_the_examples_need(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = build(family), _packed()
+    alone = [model(input_ids=ids).logits[0] for ids in batch.input_ids.split(LENGTHS, dim=1)]
+    choose_packing(model)
+    monkeypatch.setattr(varlen, "varlen_attn", _varlen_in_pytorch)
+    monkeypatch.setattr(packed_attention, "_takes_varlen", lambda *_: True)
+
+    with packed_row(LENGTHS):
+        found = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False)
+
+    for actual, expected in zip(found.logits[0].split(LENGTHS), alone, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_this_torch_knows_the_kernel_by_the_same_names() -> None:
+    query = torch.empty(1, 4, 6, 16, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(1, 2, 6, 16, dtype=torch.bfloat16, device="meta")
+    settings = {"device": "meta", "config": None, "local_size": 3}
+    mask = packed_attention.PackedMask("sdpa", (4, 2), settings)
+
+    found = packed_attention._varlen(query, key, key, mask, 0.25)
+
+    assert found.shape == (1, 6, 4, 16)
 
 
 @pytest.mark.gpu
