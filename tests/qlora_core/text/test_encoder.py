@@ -11,15 +11,23 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_core.errors import ModelNotFound, ModelUnsupported
 from qlora_core.text import ExampleError, TemplateError, TextEncoder
-from tests.qlora_core.text.conftest import TAGGED
+from tests.qlora_core.text.conftest import FAMILIES, TAGGED
 
 CONVERSATIONS: dict[str, Any] = json.loads(
     (Path(__file__).parent / "conversations.json").read_text(encoding="utf-8")
 )
 
 
-# chatml knows no tools, and writes what it does know of such a conversation.
-UNWRITTEN = {("chatml", "agent")}
+# What a template has no place for.
+REFUSED = {
+    "chatml": {"tool call", "agent"}, "plain": {"tool call", "agent"}, "next_header": {"tool call", "agent"},
+    "opened_thinking": {"tool call", "agent"}, "turns": {"tool call", "agent", "with a system prompt"},
+    "headers": {"agent"},  # one call at a time
+    "turns_only_at_the_end": {*CONVERSATIONS} - {"one turn"},
+}  # fmt: skip
+ACCEPTED = [
+    (family, name) for family in sorted(FAMILIES) for name in CONVERSATIONS if name not in REFUSED.get(family, ())
+]  # fmt: skip
 
 
 def _trained_pieces(encoder: TextEncoder, example: dict[str, Any], context: int = 512) -> list[str]:
@@ -36,26 +44,31 @@ def _trained_pieces(encoder: TextEncoder, example: dict[str, Any], context: int 
     return [encoder.decode(piece, skip_special_tokens=False) for piece in pieces]
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize(
-    "family", ["chatml", "headers", "inst", "turns", "thinking", "opened_thinking"]
-)
+@pytest.mark.parametrize(("family", "name"), ACCEPTED)
 def test_ids_are_those_of_transformers(family: str, name: str, make_folder: Any) -> None:
     folder = make_folder(family, adds_bos=True)
     encoder = TextEncoder.from_folder(folder)
     conversation = CONVERSATIONS[name]
-    try:
-        expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
-            conversation["messages"], tools=conversation.get("tools"), return_dict=False
-        )
-    except Exception:  # noqa: BLE001 - test_template covers refusals
-        pytest.skip("the template refuses this conversation")
-    if (family, name) in UNWRITTEN:
-        pytest.skip("the template leaves the tools out")
+    expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
+        conversation["messages"], tools=conversation.get("tools"), return_dict=False
+    )
+    # They add no stop token where a template writes none.
+    end = (
+        [] if family not in ("plain", "next_header", "turns_only_at_the_end") else [encoder.eos_id]
+    )
 
     actual = encoder.encode(conversation, context_length=512)
 
-    assert actual.input_ids == expected
+    assert actual.input_ids == [*expected, *end]
+
+
+@pytest.mark.parametrize("family", sorted(REFUSED))
+def test_what_a_template_has_no_place_for_is_refused(family: str, make_folder: Any) -> None:
+    encoder = TextEncoder.from_folder(make_folder(family))
+
+    for name in REFUSED[family]:
+        with pytest.raises((TemplateError, ExampleError)):
+            encoder.encode(CONVERSATIONS[name], context_length=512)
 
 
 MASKS = {
@@ -142,30 +155,39 @@ def test_trains_the_assistant_turns_and_their_stop_tokens(
     assert actual == MASKS[family, name]
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-@pytest.mark.parametrize("family", TAGGED)
+@pytest.mark.parametrize(
+    ("family", "name"), [(family, name) for family, name in ACCEPTED if family in TAGGED]
+)
 def test_ids_and_masks_are_those_of_transformers_where_the_template_marks_generation(
     family: str, name: str, make_folder: Any
 ) -> None:
     # Where offsets leave out spaces, transformers loses the mask of an answer that begins with one.
     folder = make_folder(family, tagged=True, adds_bos=True, trim_offsets=False)
     conversation = CONVERSATIONS[name]
-    try:
-        expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
-            conversation["messages"], tools=conversation.get("tools"), return_dict=True,
-            return_assistant_tokens_mask=True,
-        )  # fmt: skip
-    except Exception:  # noqa: BLE001 - test_template covers refusals
-        pytest.skip("the template refuses this conversation")
+    expected = PreTrainedTokenizerFast.from_pretrained(folder).apply_chat_template(
+        conversation["messages"], tools=conversation.get("tools"), return_dict=True,
+        return_assistant_tokens_mask=True,
+    )  # fmt: skip
 
-    if (family, name) in UNWRITTEN:
-        pytest.skip("the template leaves the tools out")
     tagged = TextEncoder.from_folder(folder).encode(conversation, context_length=512)
     plain = TextEncoder.from_folder(make_folder(family)).encode(conversation, context_length=512)
 
     assert tagged.input_ids == expected["input_ids"]
     assert [int(trained) for trained in tagged.trained] == expected["assistant_masks"]
     assert plain == tagged
+
+
+@pytest.mark.parametrize(("family", "name"), ACCEPTED)
+def test_bos_comes_once_and_the_last_answer_ends_in_a_trained_stop_token(
+    family: str, name: str, make_folder: Any
+) -> None:
+    encoder = TextEncoder.from_folder(make_folder(family, adds_bos=True))
+
+    encoded = encoder.encode(CONVERSATIONS[name], context_length=512)
+
+    last = max(i for i, trained in enumerate(encoded.trained) if trained)
+    assert encoded.input_ids[last] in encoder.stop_ids
+    assert encoded.input_ids.count(encoder.bos_id) <= 1  # type: ignore[arg-type]
 
 
 def test_weight_zero_is_context_and_not_trained(make_folder: Any) -> None:
