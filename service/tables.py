@@ -133,6 +133,9 @@ class Job(Base):
     dataset_report: Mapped[dict[str, Any] | None]
     error: Mapped[dict[str, Any] | None]  # {code, message, param, hint?}
     fine_tuned_model: Mapped[str | None] = mapped_column(unique=True)
+    adapter_step: Mapped[
+        int | None
+    ]  # which of the last attempt's adapters it offers: the last or the best
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     estimated_finish: Mapped[datetime | None]
     result_files: Mapped[list[Any]] = mapped_column(server_default=text("'[]'::jsonb"))

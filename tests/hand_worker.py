@@ -130,6 +130,7 @@ class HandWorker:
                 fine_tuned_model=names.fine_tuned_model_name(
                     run.job, self._settings.organization_id
                 ),
+                adapter_step=step,
                 trained_tokens=1234,
                 result_file=results.id,
                 detail={},

@@ -138,13 +138,14 @@ def apply(
 def _succeed(context: WorkerContext, claim: Claim, folder: AttemptFolder, verdict: Verdict) -> None:
     """Store the adapter and the result file, then end the job in one fenced transaction."""
     job, result = claim.job, verdict.result
+    adapter_step = int(result["adapter_step"])
     with context.transaction() as session:
         adapters.publish(
             session,
             context.storage,
             job,
             claim.fence.attempt_no,
-            int(result["steps"]),
+            adapter_step,
             folder.path / str(result["adapter"]),
         )
         content = results_csv(session, job)
@@ -168,6 +169,7 @@ def _succeed(context: WorkerContext, claim: Claim, folder: AttemptFolder, verdic
             session,
             claim.fence,
             fine_tuned_model=fine_tuned_model_name(job, context.settings.organization_id),
+            adapter_step=adapter_step,
             trained_tokens=int(result["trained_tokens"]),
             result_file=results.id,
             detail=verdict.detail,

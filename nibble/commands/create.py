@@ -73,8 +73,15 @@ def create(
         str | None,
         typer.Option(help="all-linear, or names like q_proj,v_proj.", rich_help_panel=_TRAINING),
     ] = None,
+    lora_use_rslora: Annotated[
+        bool | None,
+        typer.Option(help="Scale by the rank's root instead.", rich_help_panel=_TRAINING),
+    ] = None,
     warmup_ratio: Annotated[
         Amount | None, _option("--warmup-ratio", text="Share of the steps.")
+    ] = None,
+    warmup_steps: Annotated[
+        Amount | None, _option("--warmup-steps", text="The same in steps.")
     ] = None,
     lr_scheduler_type: Annotated[
         str | None,
@@ -86,6 +93,25 @@ def create(
     ] = None,
     context_length: Annotated[
         Amount | None, _option("--context-length", text="Tokens per example.")
+    ] = None,
+    max_steps: Annotated[
+        Amount | None, _option("--max-steps", text="End after so many steps at the latest.")
+    ] = None,
+    eval_steps: Annotated[
+        Amount | None, _option("--eval-steps", text="Validate every so many steps, too.")
+    ] = None,
+    early_stopping_patience: Annotated[
+        Amount | None,
+        _option(
+            "--early-stopping-patience", text="End after so many validations without improvement."
+        ),
+    ] = None,
+    load_best_at_end: Annotated[
+        bool | None,
+        typer.Option(help="Keep the best adapter, or the last.", rich_help_panel=_TRAINING),
+    ] = None,
+    train_on_inputs: Annotated[
+        bool | None, typer.Option(help="Train the prompts, too.", rich_help_panel=_TRAINING)
     ] = None,
     hyperparameter: Annotated[
         list[str] | None,
@@ -121,14 +147,21 @@ def create(
         "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout,
         "warmup_ratio": warmup_ratio,
+        "warmup_steps": warmup_steps,
         "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm,
         "context_length": context_length,
+        "max_steps": max_steps,
+        "eval_steps": eval_steps,
+        "early_stopping_patience": early_stopping_patience,
     }
     named = {name: amount.value for name, amount in amounts.items() if amount is not None}
     words = {
         "lora_target_modules": _modules(lora_target_modules),
         "lr_scheduler_type": lr_scheduler_type,
+        "lora_use_rslora": lora_use_rslora,
+        "load_best_at_end": load_best_at_end,
+        "train_on_inputs": train_on_inputs,
     }
     chosen = hyperparameters(named | words, hyperparameter or ())
     labels = pairs("--metadata", metadata or ())

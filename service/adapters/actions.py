@@ -133,7 +133,7 @@ def of_job(session: Session, job: Job) -> Adapter:
             param="fine_tuning_job_id",
             code="adapter_not_ready",
         )
-    adapter = repository.newest(session, job.project_id, job.id)
+    adapter = repository.newest(session, job.project_id, job.id, step_number=job.adapter_step)
     if adapter is None:
         raise NotFound(f"The adapter of job {job.id} is not there any more.")
     return adapter

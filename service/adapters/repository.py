@@ -26,14 +26,14 @@ def of_attempt(session: Session, job_id: str, attempt_no: int, step_number: int)
     return session.scalars(statement).one_or_none()
 
 
-def newest(session: Session, project_id: str, job_id: str) -> Adapter | None:
-    """Return the last step's adapter of the job's newest attempt that has any, or None."""
-    statement = (
-        select(Adapter)
-        .where(Adapter.project_id == project_id, Adapter.job_id == job_id)
-        .order_by(Adapter.attempt_no.desc(), Adapter.step_number.desc())
-        .limit(1)
-    )
+def newest(
+    session: Session, project_id: str, job_id: str, *, step_number: int | None
+) -> Adapter | None:
+    """Return the adapter of a step, None for the last one, of the job's newest attempt that has it."""
+    statement = select(Adapter).where(Adapter.project_id == project_id, Adapter.job_id == job_id)
+    if step_number is not None:
+        statement = statement.where(Adapter.step_number == step_number)
+    statement = statement.order_by(Adapter.attempt_no.desc(), Adapter.step_number.desc()).limit(1)
     return session.scalars(statement).one_or_none()
 
 

@@ -16,6 +16,7 @@ from service.events.actions import NewEvent, append
 from service.ids import new_id
 from service.jobs import fingerprint as fingerprints
 from service.jobs import repository
+from service.jobs.consistency import check_together
 from service.jobs.fingerprint import Fingerprint
 from service.jobs.resolve import as_shown
 from service.jobs.spec import MAX_SEED, CreateJob, Method
@@ -44,6 +45,7 @@ def create(
         TooManyJobs: the project has `max_waiting_jobs` jobs that wait.
     """
     _check_supported(body)
+    check_together(body)
     repository.lock_creation(session, caller.project_id)
     first = fingerprints.first_job(session, caller, fingerprint)
     if first is not None:

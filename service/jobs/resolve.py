@@ -14,13 +14,20 @@ DEFAULT_LORA_R = 16
 DEFAULTS: dict[str, Any] = {
     "lora_dropout": 0.0,
     "lora_target_modules": "all-linear",
-    "warmup_ratio": 0.03,
+    "lora_use_rslora": False,
     "lr_scheduler_type": "linear",
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "optimizer": "adamw",
+    "train_on_inputs": False,
+    "packing": True,
+    "eval_steps": 0,
+    "early_stopping_patience": 0,
 }
 """What does not depend on the data or on each other."""
+DEFAULT_WARMUP_RATIO = 0.03
+ONLY_IF_GIVEN = ("max_steps", "warmup_steps", "lora_exclude_modules")
+"""What has no value that means "none"."""
 
 _TARGET_EPOCHS = 3
 _MIN_TARGET_EXAMPLES, _MAX_TARGET_EXAMPLES = 100, 25_000
@@ -82,7 +89,7 @@ def resolve_hyperparameters(
         model_context_length: `max_position_embeddings` of the base model, None where it does not say.
 
     Returns:
-        The fourteen of docs/contracts.md. `learning_rate` is 2e-4 times the multiplier unless it was given; then the
+        Those of docs/contracts.md; of `warmup_ratio` and `warmup_steps` the one that counts. `learning_rate` is 2e-4 times the multiplier unless it was given; then the
         multiplier is what it amounts to. `lora_alpha` is twice `lora_r` unless given (a scale of 2, QLoRA's practice).
     """
     lora_r = _given(requested, "lora_r") or DEFAULT_LORA_R
@@ -103,8 +110,13 @@ def resolve_hyperparameters(
         "context_length": resolve_context_length(requested, model_context_length),
     }
     for name, default in DEFAULTS.items():
-        given = _given(requested, name)
-        resolved[name] = default if given is None else given
+        resolved[name] = _given_or(requested, name, default)
+    given = {name: _given(requested, name) for name in ONLY_IF_GIVEN}
+    resolved |= {name: value for name, value in given.items() if value is not None}
+    if "warmup_steps" not in resolved:
+        resolved["warmup_ratio"] = _given_or(requested, "warmup_ratio", DEFAULT_WARMUP_RATIO)
+    stops_early = resolved["early_stopping_patience"] > 0
+    resolved["load_best_at_end"] = _given_or(requested, "load_best_at_end", stops_early)
     return resolved
 
 
@@ -112,6 +124,11 @@ def as_shown(requested: Mapping[str, Any]) -> dict[str, Any]:
     """The job's hyperparameters before they are resolved: OpenAI's three always there, and what else was given."""
     three = dict.fromkeys(("n_epochs", "batch_size", "learning_rate_multiplier"), "auto")
     return {**three, **requested}
+
+
+def _given_or(requested: Mapping[str, Any], name: str, default: Any) -> Any:  # noqa: ANN401
+    given = _given(requested, name)
+    return default if given is None else given
 
 
 def _given(requested: Mapping[str, Any], name: str) -> Any:  # noqa: ANN401  (a hyperparameter's own type)

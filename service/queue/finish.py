@@ -48,11 +48,12 @@ def succeeded(
     fence: Fence,
     *,
     fine_tuned_model: str,
+    adapter_step: int,
     trained_tokens: int,
     result_file: str,
     detail: dict[str, Any],
 ) -> None:
-    """The training is done and its adapter published in this transaction: name the model and end the job."""
+    """The training is done and its adapter, of `adapter_step`, published: name the model and end the job."""
     hold(session, fence)
     repository.end_attempt(session, fence.job_id, fence.attempt_no, "succeeded", detail)
     append(
@@ -68,6 +69,7 @@ def succeeded(
         NewEvent("The job has successfully completed", attempt_no=fence.attempt_no),
         attempt_no=fence.attempt_no,
         fine_tuned_model=fine_tuned_model,
+        adapter_step=adapter_step,
         trained_tokens=trained_tokens,
         result_files=[result_file],
         estimated_finish=None,

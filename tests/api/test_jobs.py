@@ -209,6 +209,29 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "all-linear",
     ),
     (
+        {"hyperparameters": {"lora_exclude_modules": "all-linear"}},
+        "hyperparameters.lora_exclude_modules",
+        '"auto" or a list of 1 to 64',
+    ),
+    ({"hyperparameters": {"max_steps": 0}}, "hyperparameters.max_steps", "from 1 to 10000000"),
+    ({"hyperparameters": {"eval_steps": 0.5}}, "hyperparameters.eval_steps", "got 0.5"),
+    ({"hyperparameters": {"packing": 1}}, "hyperparameters.packing", "true or false; got 1"),
+    (
+        {"hyperparameters": {"train_on_inputs": "yes"}},
+        "hyperparameters.train_on_inputs",
+        "true or false; got 'yes'",
+    ),
+    (
+        {"hyperparameters": {"warmup_steps": 1, "warmup_ratio": 0.1}},
+        "hyperparameters.warmup_steps",
+        "keep one of them",
+    ),
+    (
+        {"hyperparameters": {"early_stopping_patience": 3}},
+        "hyperparameters.early_stopping_patience",
+        "needs a validation file",
+    ),
+    (
         {"hyperparameters": {"optimizer": "sgd"}},
         "hyperparameters.optimizer",
         '"auto" or "adamw"',

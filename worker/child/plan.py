@@ -22,6 +22,33 @@ def base_model(spec: dict[str, Any]) -> BaseModel:
     )
 
 
+# The job's names that are the engine's, too; what the job leaves out is as the engine has it.
+_SETTINGS = (
+    "n_epochs",
+    "max_steps",
+    "batch_size",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_ratio",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "eval_steps",
+    "early_stopping_patience",
+    "load_best_at_end",
+    "context_length",
+    "train_on_inputs",
+    "packing",
+    "optimizer",
+)
+_LORA = {
+    "lora_r": "r",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "lora_exclude_modules": "exclude_modules",
+    "lora_use_rslora": "use_rslora",
+}
 _MICRO_BATCH_TOKENS = 4096
 _KEPT_ACTIVATIONS_BYTES = 1 << 30  # what a CPU's memory may spend to save a third of the time
 
@@ -36,27 +63,14 @@ def train_config(spec: dict[str, Any], model_folder: Path) -> "TrainConfig":
     from qlora_core.train import TrainConfig
 
     resolved: dict[str, Any] = spec["hyperparameters"]
-    targets = resolved["lora_target_modules"]  # "all-linear", or a list of names
+    lora = {ours: resolved[name] for name, ours in _LORA.items() if name in resolved}
     return TrainConfig(
-        n_epochs=resolved["n_epochs"],
-        batch_size=resolved["batch_size"],
-        learning_rate=resolved["learning_rate"],
-        lr_scheduler_type=resolved["lr_scheduler_type"],
-        warmup_ratio=resolved["warmup_ratio"],
-        weight_decay=resolved["weight_decay"],
-        max_grad_norm=resolved["max_grad_norm"],
-        context_length=resolved["context_length"],
+        **{name: resolved[name] for name in _SETTINGS if name in resolved},
         seed=spec["seed"],
-        optimizer=resolved["optimizer"],
         micro_batch_tokens=_MICRO_BATCH_TOKENS,
         gradient_checkpointing=str(spec["device"]) != "cpu"
         or activation_bytes(model_folder, _MICRO_BATCH_TOKENS) > _KEPT_ACTIVATIONS_BYTES,
-        lora=LoraConfig(
-            r=resolved["lora_r"],
-            alpha=resolved["lora_alpha"],
-            dropout=resolved["lora_dropout"],
-            target_modules="all-linear" if targets == "all-linear" else tuple(targets),
-        ),
+        lora=LoraConfig.from_dict(lora),
     )
 
 

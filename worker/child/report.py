@@ -79,6 +79,8 @@ def sink(report: Report) -> Callable[[EngineEvent], None]:
                 report.metrics(_validation_message(data), data | _also_as_valid(data))
             case "notice":
                 report.message(data["message"], level=data["level"], data=data["data"])
+            case "run_finished":
+                report.message(_finished_message(data), data=data)
             case kind:
                 report.message(_MESSAGES.get(str(kind), str(kind)).format_map(data), data=data)
 
@@ -90,7 +92,6 @@ _MESSAGES = {
     "checkpoint_saved": "Checkpoint saved at step {step}",
     "resume_point_saved": "Resume point saved at step {step}",
     "samples_generated": "Samples generated at step {step} by the {stage}",
-    "run_finished": "Training finished after {steps} steps: training loss={train_loss:.4f}",
 }
 
 
@@ -122,6 +123,15 @@ def step_message(data: dict[str, Any]) -> str:
     if data["train_loss"] is None:
         return f"{place}: skipped"
     return f"{place}: training loss={data['train_loss']:.2f}"
+
+
+def _finished_message(data: dict[str, Any]) -> str:
+    """Say how it ended, and of which step the adapter is where that is not the last."""
+    text = f"Training finished after {data['steps']} steps: training loss={data['train_loss']:.4f}"
+    if data["adapter_step"] == data["steps"]:
+        return text
+    loss = data["full_valid_loss"]
+    return f"{text}; the adapter is the best one, of step {data['adapter_step']}: full validation loss={loss:.4f}"
 
 
 def _validation_message(data: dict[str, Any]) -> str:

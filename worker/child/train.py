@@ -16,7 +16,7 @@ import transformers
 from qlora_core.data import Dataset, load_dataset
 from qlora_core.models import load_model
 from qlora_core.text import TextEncoder
-from qlora_core.train import TrainResult, train
+from qlora_core.train import TrainConfig, TrainResult, train
 from service.models.actions import resolve_folder
 from worker.child.lease import wait_until_ours
 from worker.child.plan import base_model, train_config
@@ -54,9 +54,8 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
     model_folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
     config = train_config(spec, model_folder)
     encoder = TextEncoder.from_folder(model_folder)
-    dataset = load_dataset(
-        Path(spec["training_file"]), encoder, context_length=config.context_length
-    )
+    dataset = _dataset(spec["training_file"], encoder, config)
+    validation = spec["validation_file"]
     model = load_model(model_folder, device=device, compute_dtype=compute_dtype(device))
     result = train(
         model,
@@ -65,13 +64,13 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         config,
         sink(report),
         output_dir=folder.run,
-        validation=_validation(spec, encoder, config.context_length),
+        validation=None if validation is None else _dataset(validation, encoder, config),
         sample_prompts=spec["sample_prompts"],
         resume_from=spec["resume_from"],
         should_stop=should_stop,
         base_model_name_or_path=public_name(spec),
     )
-    return _as_result(folder, result, billable_tokens=sum(dataset.lengths) * config.n_epochs)
+    return _as_result(folder, result)
 
 
 def compute_dtype(device: str) -> torch.dtype:
@@ -86,15 +85,16 @@ def public_name(spec: dict[str, Any]) -> str:
     return str(spec["model"]["hub"] or spec["base_model"])
 
 
-def _validation(spec: dict[str, Any], encoder: TextEncoder, context_length: int) -> Dataset | None:
-    if spec["validation_file"] is None:
-        return None
-    return load_dataset(Path(spec["validation_file"]), encoder, context_length=context_length)
+def _dataset(path: str, encoder: TextEncoder, config: TrainConfig) -> Dataset:
+    return load_dataset(
+        Path(path),
+        encoder,
+        context_length=config.context_length,
+        train_on_inputs=config.train_on_inputs,
+    )
 
 
-def _as_result(
-    folder: AttemptFolder, result: TrainResult, *, billable_tokens: int
-) -> dict[str, Any]:
+def _as_result(folder: AttemptFolder, result: TrainResult) -> dict[str, Any]:
     versions = {name: version(name) for name in _PACKAGES}
     if result.stopped or result.adapter is None:
         return {"outcome": "stopped", "error": None, "versions": versions, "steps": result.steps}
@@ -104,8 +104,9 @@ def _as_result(
         "versions": versions,
         "steps": result.steps,
         # OpenAI's meaning, every token of every epoch; the metrics count those that carried loss.
-        "trained_tokens": billable_tokens,
+        "trained_tokens": result.seen_tokens,
         "train_loss": result.train_loss,
         "valid_loss": result.valid_loss,
         "adapter": str(result.adapter.relative_to(folder.path)),
+        "adapter_step": result.adapter_step,
     }

@@ -40,11 +40,13 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
     encoder = TextEncoder.from_folder(folder)
     requested = spec["hyperparameters"]
     context_length = resolve_context_length(requested, encoder.context_length)
+    train_on_inputs = requested.get("train_on_inputs") is True
 
     training = check_dataset(
         Path(spec["training_file"]),
         encoder,
         context_length=context_length,
+        train_on_inputs=train_on_inputs,
         min_examples=_MIN_TRAINING_EXAMPLES,
     )
     tell(report, "training_file", training, context_length=context_length)
@@ -54,6 +56,7 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
             Path(spec["validation_file"]),
             encoder,
             context_length=context_length,
+            train_on_inputs=train_on_inputs,
             min_examples=_MIN_VALIDATION_EXAMPLES,
         )
         tell(report, "validation_file", validation, context_length=context_length)

@@ -147,7 +147,9 @@ def test_the_examples_with_the_highest_losses_are_named(
     assert isinstance(step, StepMetrics)
     expected = sorted(window, key=lambda index: -losses[index])[:3]
     assert [told["example"] for told in step.highest_losses] == expected
-    assert [told["line"] for told in step.highest_losses] == [run.dataset.lines[i] for i in expected]
+    assert [told["line"] for told in step.highest_losses] == [
+        run.dataset.lines[i] for i in expected
+    ]
     assert [told["loss"] for told in step.highest_losses] == pytest.approx(
         [losses[index] for index in expected], rel=1e-5
     )

@@ -19,7 +19,7 @@ from service.jobs.resolve import (
     resolve_hyperparameters,
 )
 
-NAMES = {
+ALWAYS = {
     "n_epochs",
     "batch_size",
     "learning_rate_multiplier",
@@ -28,13 +28,20 @@ NAMES = {
     "lora_alpha",
     "lora_dropout",
     "lora_target_modules",
-    "warmup_ratio",
+    "lora_use_rslora",
     "lr_scheduler_type",
     "weight_decay",
     "max_grad_norm",
     "context_length",
+    "train_on_inputs",
+    "packing",
+    "eval_steps",
+    "early_stopping_patience",
+    "load_best_at_end",
     "optimizer",
 }
+WARM_UP = {"warmup_ratio", "warmup_steps"}  # one of them
+NAMES = {*ALWAYS, *WARM_UP, "max_steps", "lora_exclude_modules"}
 
 
 @dataclass(frozen=True)
@@ -71,13 +78,61 @@ def test_nothing_asked_gives_the_documented_defaults() -> None:
         "lora_alpha": 32,
         "lora_dropout": 0.0,
         "lora_target_modules": "all-linear",
+        "lora_use_rslora": False,
         "warmup_ratio": 0.03,
         "lr_scheduler_type": "linear",
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "context_length": 2_048,
+        "train_on_inputs": False,
+        "packing": True,
+        "eval_steps": 0,
+        "early_stopping_patience": 0,
+        "load_best_at_end": False,
         "optimizer": "adamw",
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"warmup_steps": 0}, {"warmup_steps": 0}),
+        ({"warmup_steps": 7, "warmup_ratio": "auto"}, {"warmup_steps": 7}),
+        ({"warmup_ratio": 0.2, "warmup_steps": "auto"}, {"warmup_ratio": 0.2}),
+    ],
+    ids=str,
+)
+def test_the_warm_up_stays_as_it_was_given(asked: dict[str, Any], expected: dict[str, Any]) -> None:
+    resolved = resolve_hyperparameters(asked, Report(100), None)
+
+    assert {name: resolved[name] for name in WARM_UP if name in resolved} == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "best"),
+    [
+        ({"early_stopping_patience": 2}, True),
+        ({"early_stopping_patience": 2, "load_best_at_end": False}, False),
+        ({"load_best_at_end": True}, True),
+        ({"early_stopping_patience": 0, "load_best_at_end": "auto"}, False),
+    ],
+    ids=str,
+)
+def test_a_job_that_may_stop_early_offers_its_best_adapter_unless_told_otherwise(
+    asked: dict[str, Any], best: bool
+) -> None:
+    assert resolve_hyperparameters(asked, Report(100), None)["load_best_at_end"] is best
+
+
+def test_what_has_no_value_for_none_is_there_only_if_given() -> None:
+    asked = {"max_steps": 9, "lora_exclude_modules": ["o_proj"]}
+
+    resolved = resolve_hyperparameters(asked, Report(100), None)
+
+    assert {name: resolved[name] for name in asked} == asked
+    assert (
+        set(resolve_hyperparameters({"max_steps": "auto"}, Report(9), None)) & set(asked) == set()
+    )
 
 
 def test_zeros_that_were_asked_stay_zeros() -> None:
@@ -150,7 +205,16 @@ requests = st.fixed_dictionaries(
             st.just("all-linear")
             | st.lists(st.sampled_from(["q_proj", "k_proj", "v_proj"]), min_size=1)
         ),
+        "lora_exclude_modules": _auto(st.lists(st.sampled_from(["o_proj", "v"]), min_size=1)),
+        "lora_use_rslora": _auto(st.booleans()),
         "warmup_ratio": _auto(st.floats(0, 1)),
+        "warmup_steps": _auto(st.integers(0, 1_000_000)),
+        "max_steps": _auto(st.integers(1, 10_000_000)),
+        "train_on_inputs": _auto(st.booleans()),
+        "packing": _auto(st.booleans()),
+        "eval_steps": _auto(st.integers(0, 1_000_000)),
+        "early_stopping_patience": _auto(st.integers(0, 1_000)),
+        "load_best_at_end": _auto(st.booleans()),
         "lr_scheduler_type": _auto(st.sampled_from(["linear", "cosine", "constant"])),
         "weight_decay": _auto(st.floats(0, 1)),
         "max_grad_norm": _auto(st.floats(0.001, 1_000)),
@@ -168,7 +232,8 @@ def test_whatever_is_allowed_resolves_to_allowed_values_and_then_to_itself(
 
     resolved = resolve_hyperparameters(sent, Report(n_examples), model_context)
 
-    assert set(resolved) == NAMES
+    assert ALWAYS <= set(resolved) <= NAMES
+    assert len(WARM_UP & set(resolved)) == 1
     assert not [name for name, value in resolved.items() if value in (None, "auto")]
     assert Hyperparameters.model_validate(
         {k: v for k, v in resolved.items() if k not in {"learning_rate_multiplier", "lora_alpha"}}
@@ -179,8 +244,11 @@ def test_whatever_is_allowed_resolves_to_allowed_values_and_then_to_itself(
         "learning_rate_multiplier": pytest.approx(again["learning_rate"] / 2e-4),
     }
     for name, value in sent.items():
-        overruled = name == "context_length" or (
-            name == "learning_rate_multiplier" and sent.get("learning_rate", "auto") != "auto"
+        # The last is refused before it comes here.
+        overruled = (
+            name == "context_length"
+            or (name == "learning_rate_multiplier" and sent.get("learning_rate", "auto") != "auto")
+            or (name == "warmup_ratio" and sent.get("warmup_steps", "auto") != "auto")
         )
         if value != "auto" and not overruled:
             assert resolved[name] == value

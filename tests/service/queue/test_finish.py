@@ -72,6 +72,7 @@ def test_success_names_the_model_and_tells_the_outside(
             tx,
             fence,
             fine_tuned_model="ft:tiny:org::abc",
+            adapter_step=3,
             trained_tokens=7,
             result_file="file-r",
             detail={},
@@ -83,7 +84,7 @@ def test_success_names_the_model_and_tells_the_outside(
         "ft:tiny:org::abc",
         7,
     )
-    assert job.result_files == ["file-r"]
+    assert (job.result_files, job.adapter_step) == (["file-r"], 3)
     assert job.finished_at is not None
     assert [message for _, message in story(session, job.id)] == [
         "Fine-tuning job started",
@@ -240,7 +241,13 @@ def test_a_job_that_should_be_cancelled_is_not_queued_again(
         lambda tx, fence: finish.failed(tx, fence, {"code": "x", "message": "x", "param": None}),
         lambda tx, fence: finish.give_back(tx, fence, lost=True, reason="x", max_attempts=3),
         lambda tx, fence: finish.succeeded(
-            tx, fence, fine_tuned_model="m", trained_tokens=1, result_file="f", detail={}
+            tx,
+            fence,
+            fine_tuned_model="m",
+            adapter_step=3,
+            trained_tokens=1,
+            result_file="f",
+            detail={},
         ),
     ],
     ids=["renew", "desired", "cancelled", "failed", "give_back", "succeeded"],

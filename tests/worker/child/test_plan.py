@@ -13,15 +13,23 @@ _RESOLVED = {
     "batch_size": 4,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
-    "warmup_ratio": 0.1,
+    "warmup_steps": 3,
+    "max_steps": 50,
     "weight_decay": 0.01,
     "max_grad_norm": 0.5,
+    "eval_steps": 5,
+    "early_stopping_patience": 4,
+    "load_best_at_end": False,
     "context_length": 128,
+    "train_on_inputs": True,
+    "packing": False,
     "optimizer": "adamw",
     "lora_r": 4,
     "lora_alpha": 8,
     "lora_dropout": 0.0,
     "lora_target_modules": ["q_proj"],
+    "lora_exclude_modules": ["layers.0.self_attn.q_proj"],
+    "lora_use_rslora": True,
 }
 
 
@@ -43,8 +51,25 @@ def test_every_hyperparameter_of_the_job_reaches_the_engine(tmp_path: Path) -> N
     assert {name: config[name] for name in _RESOLVED if not name.startswith("lora_")} == {
         name: value for name, value in _RESOLVED.items() if not name.startswith("lora_")
     }
-    assert (lora["r"], lora["alpha"], list(lora["target_modules"])) == (4, 8, ["q_proj"])
+    assert {f"lora_{name}": value for name, value in lora.items() if value} == {
+        name: value for name, value in _RESOLVED.items() if name.startswith("lora_") and value
+    }
     assert config["seed"] == 7
+
+
+def test_a_job_that_was_resolved_before_a_setting_existed_gets_the_engines_default(
+    tmp_path: Path,
+) -> None:
+    folder = _model(tmp_path, hidden_size=64, num_hidden_layers=2, intermediate_size=128)
+    new = ("warmup_steps", "max_steps", "eval_steps", "early_stopping_patience", "packing", "lora_use_rslora")  # fmt: skip
+    older = {name: value for name, value in _RESOLVED.items() if name not in new}
+    spec = {**_spec("cpu"), "hyperparameters": {**older, "warmup_ratio": 0.1}}
+
+    config = train_config(spec, folder)
+
+    assert (config.warmup_ratio, config.warmup_steps, config.max_steps) == (0.1, None, None)
+    assert (config.eval_steps, config.early_stopping_patience, config.packing) == (0, 0, True)
+    assert config.lora.use_rslora is False
 
 
 @pytest.mark.parametrize(

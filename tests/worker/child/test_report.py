@@ -4,6 +4,7 @@ from pathlib import Path
 from qlora_core.train.events import (
     CheckpointSaved,
     Notice,
+    RunFinished,
     RunStarted,
     SamplesGenerated,
     StepMetrics,
@@ -13,7 +14,7 @@ from worker.child.report import Report, sink
 from worker.relay import Tail
 
 
-def step(n: int, loss: float = 0.154) -> StepMetrics:
+def step(n: int, loss: float | None = 0.154) -> StepMetrics:
     return StepMetrics(
         step=n,
         total_steps=300,
@@ -66,6 +67,32 @@ def test_tokens_with_loss_are_not_called_what_openai_calls_all_tokens(tmp_path: 
     data = Tail(path).read()[0].data
     assert data["loss_tokens"] == 5
     assert "trained_tokens" not in data
+
+
+def test_a_skipped_step_has_no_loss_to_tell(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        sink(report)(step(7, loss=None))
+
+    (line,) = Tail(path).read()
+    assert (line.type, line.message) == ("metrics", "Step 7/300: skipped")
+    assert line.data["train_loss"] is None
+
+
+def test_the_end_says_of_which_step_the_adapter_is_unless_it_is_the_last(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        tell = sink(report)
+        tell(RunFinished(9, 90, 0.25, 0.5, 9, 6, 0.4, stopped_early=False))
+        tell(RunFinished(9, 90, 0.25, 0.4, 6, 6, 0.4, stopped_early=True))
+
+    assert [line.message for line in Tail(path).read()] == [
+        "Training finished after 9 steps: training loss=0.2500",
+        "Training finished after 9 steps: training loss=0.2500; the adapter is the best one, of step 6: "
+        "full validation loss=0.4000",
+    ]
 
 
 def test_a_run_that_goes_on_says_from_where(tmp_path: Path) -> None:
