@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -235,12 +236,13 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, llama: Path) -> None
         stderr=subprocess.PIPE,
         text=True,
     )
-    try:
-        wait_until_it_reads(program, path)
-        program.send_signal(signal.SIGINT)
-        out, errors = program.communicate(timeout=60)
-    finally:
-        program.kill()
+    with program:
+        try:
+            wait_until_it_reads(program, path)
+            program.send_signal(signal.SIGINT)
+            out, errors = program.communicate(timeout=60)
+        finally:
+            program.kill()
 
     assert program.returncode == 130, errors
     assert out == ""
@@ -251,8 +253,10 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, llama: Path) -> None
 def wait_until_it_reads(program: subprocess.Popen[str], path: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and program.poll() is None:
-        for link in Path(f"/proc/{program.pid}/fd").iterdir():
-            if os.path.realpath(link) == str(path):
-                return
+        # What it closes, and its end, may come between the list of its files and a look at one of them.
+        with suppress(OSError):
+            for link in Path(f"/proc/{program.pid}/fd").iterdir():
+                if link.samefile(path):
+                    return
         time.sleep(0.01)
     pytest.fail("the program did not open the weights")
