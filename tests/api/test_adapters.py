@@ -176,6 +176,20 @@ def test_a_download_cut_off_anywhere_can_be_put_together(http: httpx2.Client, ur
     assert b"".join(part.content for part in parts) == whole.content
 
 
+def test_a_job_that_offers_its_best_adapter_serves_that_one_though_later_checkpoints_exist(
+    http: httpx2.Client, job_id: str, worker: HandWorker
+) -> None:
+    run = worker.start()
+    worker.checkpoint(run, 4)
+    worker.checkpoint(run, 10)
+    worker.succeed(run, step=4)
+
+    answer = http.get(f"/v1/fine_tuning/jobs/{job_id}/adapter")
+
+    manifest: dict[str, Any] = json.loads(unpack(answer.content)[f"{job_id}/manifest.json"])
+    assert manifest["step"] == 4
+
+
 def test_before_success_there_is_no_adapter_but_a_checkpoints(
     http: httpx2.Client, job_id: str, worker: HandWorker
 ) -> None:
