@@ -31,6 +31,7 @@ _NUMBERS = {
     "warmup_ratio": (0.0, 1.0, True),
     "weight_decay": (0.0, 10.0, True),
     "max_grad_norm": (0.0, 1e6, False),
+    "resume_point_every_s": (0.0, 1e9, True),
 }
 _CHOICES = {"lr_scheduler_type": SCHEDULES, "optimizer": OPTIMIZERS}
 _FLAGS = ("load_best_at_end", "train_on_inputs", "packing", "gradient_checkpointing")
@@ -66,6 +67,8 @@ class TrainConfig:
             the same result, sooner.
         gradient_checkpointing: compute activations twice instead of keeping them.
         micro_batch_tokens: tokens per forward pass, padding counted; bounds memory, not the result.
+        resume_point_every_s: a resume point is written when so long has passed since the last one, beside
+            those at each epoch's end.
         lora: the adapter.
 
     Raises:
@@ -91,6 +94,7 @@ class TrainConfig:
     packing: bool = True
     gradient_checkpointing: bool = True
     micro_batch_tokens: int = 4096
+    resume_point_every_s: float = 600.0
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:

@@ -20,7 +20,12 @@ from qlora_core.train.progress import Progress
 from qlora_core.train.rehearsal import rehearse
 from qlora_core.train.resume import load_resume_point
 from qlora_core.train.run import Run, device_name, prepare
-from qlora_core.train.saving import keep_adapter, keep_checkpoint, keep_resume_point
+from qlora_core.train.saving import (
+    keep_adapter,
+    keep_checkpoint,
+    keep_resume_point,
+    resume_point_is_due,
+)
 from qlora_core.train.step import take_step
 from qlora_core.train.validation import is_due, validate
 from qlora_core.train.weights import put_back
@@ -125,6 +130,8 @@ def train(
                 validate(run, progress)
             if run.ends_epoch(progress):
                 _end_epoch(run, progress)
+            elif resume_point_is_due(run):
+                keep_resume_point(run, progress)
 
         return _finish(run, progress)
 

@@ -26,6 +26,8 @@ def rehearse(run: Run) -> None:
     batch = largest_possible(run.batching, run.dataset, batch_size=run.config.batch_size)
     rows, width = batch.input_ids.shape
     what = f" in a trial of the largest micro-batch, {rows} x {width:,} tokens"
+    if len(batch.examples) == 1:
+        what += f" (the example in line {run.dataset.lines[batch.examples[0]]:,})"
     cards = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards), out_of_memory_named(device, during=what):
         reserved = [] if run.optimizer.state else [

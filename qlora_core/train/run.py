@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,12 @@ from qlora_core.train.progress import Progress
 from qlora_core.train.weights import Weights
 
 # Settings that change memory and speed, never the result: a run may resume with others.
-_NOT_IDENTITY = ("micro_batch_tokens", "packing", "gradient_checkpointing")
+_NOT_IDENTITY = (
+    "micro_batch_tokens",
+    "packing",
+    "gradient_checkpointing",
+    "resume_point_every_s",
+)
 
 
 @dataclass
@@ -47,6 +53,7 @@ class Run:
         peak_flops_per_s: of the device, None where it is not known.
         start: a sum over the adapter that training goes on from, None where it begins anew.
         best: copies of the adapter's tensors at the best validation; empty where none are kept.
+        resume_point_at: when the last resume point was written, or the run began; of `time.monotonic`.
     """
 
     model: PreTrainedModel
@@ -67,6 +74,7 @@ class Run:
     sample_prompts: Sequence[Sequence[dict[str, Any]]]
     start: str | None
     best: Weights = field(default_factory=dict)
+    resume_point_at: float = field(default_factory=time.monotonic)
     _epoch: int | None = None
     _windows: Sequence[list[int]] = ()
 

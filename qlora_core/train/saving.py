@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from qlora_core.export import save_adapter, save_tokenizer_files
@@ -37,6 +38,11 @@ def keep_checkpoint(run: Run, progress: Progress) -> None:
     )
 
 
+def resume_point_is_due(run: Run) -> bool:
+    """Whether the last one is so old that too much would have to be done again."""
+    return time.monotonic() - run.resume_point_at >= run.config.resume_point_every_s
+
+
 def keep_resume_point(run: Run, progress: Progress) -> None:
     """Write everything needed to go on exactly from here."""
     folder = save_resume_point(
@@ -47,4 +53,5 @@ def keep_resume_point(run: Run, progress: Progress) -> None:
         best=run.best,
         identity=run.identity,
     )
+    run.resume_point_at = time.monotonic()
     run.sink(ResumePointSaved(progress.step, str(folder)))

@@ -168,10 +168,15 @@ def _report_skipped(run: Run, progress: Progress, sums: WindowSums, grad_norm: f
     progress.not_finite_in_a_row += 1
     culprits = [i for i, loss in sums.example_losses.items() if not math.isfinite(loss)]
     what, value = ("gradient norm", grad_norm) if math.isfinite(sums.loss) else ("loss", sums.loss)
+    examples = sorted(culprits or sums.example_losses)
     run.sink(
         Notice(
             "warn",
             f"Step {progress.step} was skipped: its {what} is {value}.",
-            {"step": progress.step, "examples": sorted(culprits or sums.example_losses)},
+            {
+                "step": progress.step,
+                "examples": examples,
+                "lines": [run.dataset.lines[index] for index in examples],
+            },
         )
     )

@@ -21,7 +21,7 @@ BAD: list[tuple[str, Any]] = [
     ("load_best_at_end", 1), ("load_best_at_end", "auto"), ("train_on_inputs", None), ("packing", 0),
     ("warmup_ratio", 1.5), ("warmup_ratio", -0.1), ("weight_decay", -1), ("max_grad_norm", 0),
     ("lr_scheduler_type", "step"), ("lr_scheduler_type", ["linear"]), ("optimizer", "sgd"),
-    ("gradient_checkpointing", 1), ("lora", {"r": 4}), ("lora", None),
+    ("resume_point_every_s", -1), ("resume_point_every_s", None), ("gradient_checkpointing", 1), ("lora", {"r": 4}), ("lora", None),
 ]  # fmt: skip
 
 

@@ -300,7 +300,8 @@ def test_the_example_whose_loss_is_not_finite_is_named(
     )  # fmt: skip
 
     (notice,) = (event for event in events if isinstance(event, Notice))
-    assert notice.data == {"step": 1, "examples": [longest_first[1]]}
+    culprit = longest_first[1]
+    assert notice.data == {"step": 1, "examples": [culprit], "lines": [dataset.lines[culprit]]}
     (step,) = _steps(events)
     assert {told["example"] for told in step.highest_losses} == {
         index for index in range(4) if index != longest_first[1]

@@ -69,5 +69,9 @@ def test_what_does_not_fit_is_told_before_the_first_step(
             output_dir=tmp_path,
         )  # fmt: skip
 
-    assert f"in a trial of the largest micro-batch, 1 x {longest} tokens" in raised.value.message
+    line = dataset.lines[list(dataset.lengths).index(longest)]
+    what = (
+        f"in a trial of the largest micro-batch, 1 x {longest} tokens (the example in line {line})"
+    )
+    assert what in raised.value.message
     assert events == []

@@ -54,10 +54,11 @@ def run(
         done = lambda: sum(isinstance(e, StepMetrics) for e in events)  # noqa: E731
         if stop_after is not None:
             options["should_stop"] = lambda: done() >= stop_after
+        sink = options.pop("sink", events.append)
         result = train(
             load(), encoder, make_dataset(12),
             settings or config(lora=LoraConfig(r=4, dropout=0.2), weight_decay=0.1, lr_scheduler_type="cosine"),
-            events.append, output_dir=folder, **{"validation": make_dataset(5), **options},
+            sink, output_dir=folder, **{"validation": make_dataset(5), **options},
         )  # fmt: skip
         return result, events
 
@@ -196,6 +197,32 @@ def test_the_last_two_points_are_kept(run: Run, tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "resume").iterdir())
 
     assert names == ["step-3", "step-5"]
+
+
+def test_a_killed_run_goes_on_within_its_epoch_where_points_are_written_by_time(
+    run: Run, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    settings = config(resume_point_every_s=0.0)
+    unbroken, whole = run(tmp_path / "whole", settings=config())
+    told: list[Event] = []
+
+    def killed(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, ResumePointSaved) and event.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "broken", settings=settings, sink=killed)
+    resumed, after = run(
+        tmp_path / "broken", settings=settings, resume_from=tmp_path / "broken/resume"
+    )
+
+    points = [event.step for event in told if isinstance(event, ResumePointSaved)]
+    assert points == [1, 2, 3, 4]
+    assert isinstance(after[0], RunStarted)
+    assert after[0].start_step == 4
+    assert _figures(told) + _figures(after) == _figures(whole)
+    assert replace(resumed, adapter=None) == replace(unbroken, adapter=None)
 
 
 TEARS: dict[str, Callable[[Path], object]] = {
