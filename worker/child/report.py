@@ -81,6 +81,11 @@ def sink(report: Report) -> Callable[[EngineEvent], None]:
                 report.message(data["message"], level=data["level"], data=data["data"])
             case "run_finished":
                 report.message(_finished_message(data), data=data)
+            case "dataset_progress":
+                share = data["done_bytes"] / data["total_bytes"]
+                report.message(
+                    f"Reading the files: {share:.0%} of {data['total_bytes']:,} bytes", data=data
+                )
             case kind:
                 report.message(_MESSAGES.get(str(kind), str(kind)).format_map(data), data=data)
 

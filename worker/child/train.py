@@ -16,7 +16,7 @@ import transformers
 from qlora_core.data import Dataset, load_dataset
 from qlora_core.models import load_model
 from qlora_core.text import TextEncoder
-from qlora_core.train import TrainConfig, TrainResult, train
+from qlora_core.train import TrainConfig, TrainResult, tell_reading, train
 from service.models.actions import resolve_folder
 from worker.child.lease import wait_until_ours
 from worker.child.plan import base_model, train_config
@@ -54,7 +54,7 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
     model_folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
     config = train_config(spec, model_folder)
     encoder = TextEncoder.from_folder(model_folder)
-    dataset = _dataset(spec["training_file"], encoder, config)
+    dataset = _dataset(spec["training_file"], encoder, config, folder, report)
     validation = spec["validation_file"]
     model = load_model(model_folder, device=device, compute_dtype=compute_dtype(device))
     result = train(
@@ -64,7 +64,9 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         config,
         sink(report),
         output_dir=folder.run,
-        validation=None if validation is None else _dataset(validation, encoder, config),
+        validation=None
+        if validation is None
+        else _dataset(validation, encoder, config, folder, report),
         sample_prompts=spec["sample_prompts"],
         resume_from=spec["resume_from"],
         should_stop=should_stop,
@@ -85,12 +87,16 @@ def public_name(spec: dict[str, Any]) -> str:
     return str(spec["model"]["hub"] or spec["base_model"])
 
 
-def _dataset(path: str, encoder: TextEncoder, config: TrainConfig) -> Dataset:
+def _dataset(
+    path: str, encoder: TextEncoder, config: TrainConfig, folder: AttemptFolder, report: Report
+) -> Dataset:
     return load_dataset(
         Path(path),
         encoder,
         context_length=config.context_length,
         train_on_inputs=config.train_on_inputs,
+        folder=folder.path,  # many tokens go on disk, and to that of the attempts
+        on_progress=tell_reading(sink(report)),
     )
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 from qlora_core.train.events import (
     CheckpointSaved,
+    DatasetProgress,
     Notice,
     RunFinished,
     RunStarted,
@@ -33,6 +34,17 @@ def step(n: int, loss: float | None = 0.154) -> StepMetrics:
 
 def started(start_step: int) -> RunStarted:
     return RunStarted(300, start_step, 10, 3, 100, 1000, "cpu", 0, 0)
+
+
+def test_how_far_a_large_file_is_read_is_told_in_percent(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        sink(report)(DatasetProgress(30_000_000, 40_000_000))
+
+    (line,) = Tail(path).read()
+    assert line.message == "Reading the files: 75% of 40,000,000 bytes"
+    assert line.kind == "dataset_progress"
 
 
 def test_engine_events_become_lines_in_openais_words(tmp_path: Path) -> None:
