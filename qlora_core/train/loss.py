@@ -168,7 +168,7 @@ def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_example(losses: Tensor, batch: Batch) -> Tensor:
-    """Sum each example's tokens; as differences of a running sum, which is the same on every run."""
+    """Sum each example's tokens: differences of a running sum, however many examples there are."""
     running = functional.pad(losses.double().cumsum(0), (1, 0))
     ends = functional.pad(batch.trained_ends, (1, 0))
     return running[ends].diff().float()
