@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from qlora_core.errors import EngineError, ModelUnsupported
+from qlora_core.errors import EngineError, ModelUnsupported, ModelWeightsInvalid
 from qlora_core.models.reading import TensorReader
 
 
@@ -51,6 +51,7 @@ class PlanStep:
         """
         if self.converter is None:
             return [(self.target, reader.lend(self.sources[0][0]))]
+        reader.forget()
         for name, pattern in self.sources:
             self.converter.add_tensor(self.target, name, pattern, partial(reader.take, name))  # pyright: ignore[reportArgumentType]
         try:
@@ -67,11 +68,25 @@ class PlanStep:
         ]
 
 
+def _refuse_rivals(step: PlanStep) -> None:
+    """Refuse checkpoint tensors of which only one could become the parameter, and none would miss the other."""
+    patterns = [] if step.converter is None else step.converter.source_patterns
+    alone = [name for name, pattern in step.sources if pattern not in patterns]
+    others = [name for name, _ in step.sources if name not in alone[:1]]
+    if alone and others:
+        raise ModelWeightsInvalid(
+            f"the checkpoint's {alone[0]} and {others[0]} are both {step.target}; only one of them can be"
+        )
+
+
 def plan_loading(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[PlanStep], list[str]]:
     """Plan how the checkpoint tensors ``names`` fill the model.
 
     Returns:
         The steps in the order of the checkpoint's names, and the names that fit nowhere.
+
+    Raises:
+        ModelWeightsInvalid: tensors of which only one can be a parameter claim to be it.
     """
     wanted = dict(model.state_dict())
     mapping = get_model_conversion_mapping(model)
@@ -90,6 +105,8 @@ def plan_loading(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[Pla
         if pattern is not None and step.converter is None:
             step.converter = deepcopy(converter_of[pattern])
         step.sources.append((name, pattern or name))
+    for step in steps.values():
+        _refuse_rivals(step)
     return list(steps.values()), unexpected
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -69,25 +69,37 @@ class Filling:
             ModelUnsupported: it is of another dtype than weights are.
         """
         wanted = self._find(name, tensor.shape)
-        if wanted.is_floating_point() and tensor.dtype not in FLOATS:
-            raise ModelUnsupported(
-                f"{name} is {tensor.dtype} in the checkpoint; only float16, bfloat16 and float32 "
-                "weights can be loaded"
-            )
         module_path, _, attribute = name.rpartition(".")
         if attribute == "weight" and module_path in self._linears:
             transposed = isinstance(self._model.get_submodule(module_path), Conv1D)
             self._put_linear(module_path, self._quantized(name, tensor, transposed=transposed))
-            return
-        if attribute in EXPERT_STACKS and module_path in self._experts:
-            self._put_stack(module_path, attribute, tensor)
-            return
-        owner = self._model.get_submodule(module_path)
-        value = tensor.to(self._device, self._dtype_of(name, wanted), copy=True)
-        if attribute in owner._buffers:  # noqa: SLF001 - no public way to set a buffer in place
-            owner._buffers[attribute] = value  # noqa: SLF001
+        elif self._is_quantized_stack(name):
+            self._put_quantized_stack(name, tensor, len(tensor))
         else:
-            owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+            _check_kind(name, tensor, wanted)
+            value = tensor.to(self._device, self._dtype_of(name, wanted), copy=True)
+            self._put_dense(name, value)
+
+    def put_stack(self, name: str, matrices: Iterable[Tensor], shape: torch.Size) -> None:
+        """Put a tensor in its place that comes in slices of its first dimension, each overwritten by the next.
+
+        Args:
+            name: the parameter's path.
+            matrices: of one shape and dtype; none is asked for before the last is done with.
+            shape: that they have together.
+
+        Raises:
+            ModelWeightsInvalid, ModelUnsupported: as `put`.
+        """
+        wanted = self._find(name, shape)
+        if self._is_quantized_stack(name):
+            self._put_quantized_stack(name, matrices, shape[0])
+            return
+        value = torch.empty(shape, dtype=self._dtype_of(name, wanted), device=self._device)
+        for part, matrix in zip(value, matrices, strict=True):
+            _check_kind(name, matrix, wanted)
+            part.copy_(matrix)
+        self._put_dense(name, value)
 
     def put_quantized(self, name: str, weight: NF4Weight) -> None:
         """Put a weight that the checkpoint has in NF4 in its place.
@@ -124,22 +136,35 @@ class Filling:
         return wanted
 
     def _quantized(self, name: str, tensor: Tensor, *, transposed: bool) -> NF4Weight:
+        _refuse_other_than_floats(name, tensor)
         tensor = tensor.to(self._device)
         try:
             return self._quantize(tensor.T.contiguous() if transposed else tensor, name=name)
         except NonFiniteError as error:
             raise ModelWeightsInvalid(error.message) from error
 
-    def _put_stack(self, module_path: str, attribute: str, tensor: Tensor) -> None:
+    def _is_quantized_stack(self, name: str) -> bool:
+        module_path, _, attribute = name.rpartition(".")
+        return attribute in EXPERT_STACKS and module_path in self._experts
+
+    def _put_quantized_stack(self, name: str, matrices: Iterable[Tensor], count: int) -> None:
+        module_path, _, attribute = name.rpartition(".")
         experts: Any = self._model.get_submodule(module_path)
-        weights = [
-            self._quantized(
-                f"{module_path}.{attribute}[{expert}]", one, transposed=experts.is_transposed
-            )
-            for expert, one in enumerate(tensor)
-        ]
+        weights = (
+            self._quantized(f"{name}[{expert}]", one, transposed=experts.is_transposed)
+            for expert, one in enumerate(matrices)
+        )
+        stack = NF4Stack(weights, count, compute_dtype=self._compute_dtype)
         delattr(experts, attribute)  # a parameter's name takes no module
-        setattr(experts, attribute, NF4Stack(weights, compute_dtype=self._compute_dtype))
+        setattr(experts, attribute, stack)
+
+    def _put_dense(self, name: str, value: Tensor) -> None:
+        module_path, _, attribute = name.rpartition(".")
+        owner = self._model.get_submodule(module_path)
+        if attribute in owner._buffers:  # noqa: SLF001 - no public way to set a buffer in place
+            owner._buffers[attribute] = value  # noqa: SLF001
+        else:
+            owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
 
     def _put_linear(self, module_path: str, weight: NF4Weight) -> None:
         bias: Any = self._model.get_submodule(module_path).bias  # on meta until its turn comes
@@ -152,6 +177,23 @@ class Filling:
         if any(re.search(pattern, name) for pattern in self._float32):
             return torch.float32
         return wanted.dtype
+
+
+def _check_kind(name: str, tensor: Tensor, wanted: Tensor) -> None:
+    if wanted.is_floating_point():
+        _refuse_other_than_floats(name, tensor)
+    elif tensor.is_floating_point():
+        raise ModelUnsupported(
+            f"{name} is {tensor.dtype} in the checkpoint, but the model counts in {wanted.dtype}"
+        )
+
+
+def _refuse_other_than_floats(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ModelUnsupported(
+            f"{name} is {tensor.dtype} in the checkpoint; only float16, bfloat16 and float32 "
+            "weights can be loaded"
+        )
 
 
 def use_nf4_experts(experts: Any) -> None:  # noqa: ANN401 - a family's own module

@@ -21,6 +21,7 @@ from qlora_core.models.files import find_weights, read_config
 from qlora_core.models.filling import Filling
 from qlora_core.models.prequantized import group_tensors, refuse_other_formats
 from qlora_core.models.reading import TensorReader
+from qlora_core.models.single_experts import find_single_experts
 from qlora_core.models.skeleton import build_skeleton, first_line
 from qlora_core.quant import NF4Weight, quantize_nf4
 
@@ -91,6 +92,12 @@ def load_model(
         for step in steps:
             if any(name in in_nf4 for name, _ in step.sources):
                 fill.put_quantized(step.target, _take_quantized(step, in_nf4, reader))
+                loaded.add(step.target)
+                continue
+            experts = find_single_experts(step, files.places)
+            if experts is not None:
+                matrices = map(reader.lend_joined, experts.names)
+                fill.put_stack(step.target, matrices, experts.shape)
                 loaded.add(step.target)
                 continue
             for name, tensor in step.run(model, reader):

@@ -7,7 +7,7 @@ that shrinks meanwhile would kill the process instead of giving an error.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -91,13 +91,37 @@ class TensorReader:
         Raises:
             ModelWeightsInvalid, ModelUnsupported: as `take`.
         """
+        return self._read(name, self._memory(self._files.places[name].nbytes))
+
+    def lend_joined(self, names: Sequence[str]) -> Tensor:
+        """Read tensors of one dtype, equal in all sizes but the first, as one: joined along the first dimension.
+
+        They are read side by side into memory as `lend`'s, so that no tensor is held twice.
+
+        Raises:
+            ModelWeightsInvalid, ModelUnsupported: as `take`.
+        """
+        places = [self._files.places[name] for name in names]
+        out = self._memory(sum(place.nbytes for place in places))
+        pieces = out.split([place.nbytes for place in places])
+        dtypes = [self._read(name, piece).dtype for name, piece in zip(names, pieces, strict=True)]
+        rows = sum(place.shape[0] for place in places)
+        return out.view(dtypes[0]).view(rows, *places[0].shape[1:])
+
+    def forget(self) -> None:
+        """Give lent memory back, where the next tensors need memory of their own."""
+        self._lent = None
+
+    def _memory(self, nbytes: int) -> Tensor:
+        """Give uint8 [nbytes] to read into: on a CPU the same memory again."""
         if self._device.type != "cpu":
-            return self.take(name)
-        if self._lent is None:
-            # The largest at once: pages that no tensor has touched yet cost nothing.
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        if self._lent is None or self._lent.numel() < nbytes:
+            # Room for the largest at once: pages that no tensor has touched yet cost nothing.
             largest = max(place.nbytes for place in self._files.places.values())
-            self._lent = torch.empty(largest, dtype=torch.uint8)
-        return self._read(name, self._lent[: self._files.places[name].nbytes])
+            self._lent = None  # before the larger one is there
+            self._lent = torch.empty(max(nbytes, largest), dtype=torch.uint8)
+        return self._lent[:nbytes]
 
     def _read(self, name: str, out: Tensor) -> Tensor:
         place = self._files.places[name]

@@ -7,7 +7,7 @@ input gets a gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from qlora_core.errors import ShapeError
 from qlora_core.nn.nf4_linear import NF4LinearFn, product_dtype
 from qlora_core.quant import NF4Weight
 
+_PARTS = ("packed", "absmax", "nested_absmax", "offset")
+
 
 class NF4Stack(nn.Module):
     """The weights of several linear layers of one shape, frozen, each an `NF4Weight` of its own.
@@ -26,11 +28,13 @@ class NF4Stack(nn.Module):
     cast to.
 
     Args:
-        weights: one per expert, each of shape [out_features, in_features] and stored alike.
+        weights: one per expert, each of shape [out_features, in_features] and stored alike. They are copied as they come,
+            so that an iterator need not hold two of them at once.
+        count: how many there are.
         compute_dtype: of the matrix product on a GPU (a CPU multiplies in float32).
 
     Raises:
-        ShapeError: there are no weights, or they are not alike.
+        ShapeError: there are no weights, not ``count`` of them, or they are not alike.
     """
 
     packed: Tensor  # uint8 [experts, bytes]
@@ -38,17 +42,34 @@ class NF4Stack(nn.Module):
     nested_absmax: Tensor | None  # float32 [experts, nested blocks]
     offset: Tensor | None  # float32 [experts]
 
-    def __init__(self, weights: Sequence[NF4Weight], *, compute_dtype: torch.dtype) -> None:
+    def __init__(
+        self, weights: Iterable[NF4Weight], count: int, *, compute_dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        kinds = {(one.shape, one.block_size, one.dtype, one.double_quant) for one in weights}
-        if len(kinds) != 1 or len(weights[0].shape) != 2:
-            raise ShapeError(f"a stack needs matrices of one kind, not {len(kinds)} kinds")
-        self.out_features, self.in_features = weights[0].shape
-        self.block_size, self.original_dtype = weights[0].block_size, weights[0].dtype
         self.compute_dtype = compute_dtype
-        for name in ("packed", "absmax", "nested_absmax", "offset"):
-            parts = [getattr(one, name) for one in weights]
-            self.register_buffer(name, None if parts[0] is None else torch.stack(parts))
+        kind, filled = None, 0
+        for one in weights:
+            if kind is None:
+                kind = _kind_of(one)
+                self._make_room(one, count)
+            if filled == count or _kind_of(one) != kind:
+                raise ShapeError(f"a stack needs {count} matrices of one kind")
+            for name in _PARTS:
+                part = getattr(one, name)
+                if part is not None:
+                    getattr(self, name)[filled] = part
+            filled += 1
+        if kind is None or filled != count:
+            raise ShapeError(f"a stack needs {count} matrices of one kind, not {filled}")
+
+    def _make_room(self, like: NF4Weight, count: int) -> None:
+        if len(like.shape) != 2:
+            raise ShapeError(f"a stack needs matrices of one kind, not shape {list(like.shape)}")
+        self.out_features, self.in_features = like.shape
+        self.block_size, self.original_dtype = like.block_size, like.dtype
+        for name in _PARTS:
+            part = getattr(like, name)
+            self.register_buffer(name, None if part is None else part.new_empty(count, *part.shape))
 
     def __len__(self) -> int:
         """How many experts there are."""
@@ -87,6 +108,10 @@ class NF4Stack(nn.Module):
             if after is not None and after.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(after.device)
         return self
+
+
+def _kind_of(weight: NF4Weight) -> tuple[torch.Size, int, torch.dtype, bool]:
+    return weight.shape, weight.block_size, weight.dtype, weight.double_quant
 
 
 def experts_forward(

@@ -346,6 +346,16 @@ def test_a_tensor_that_the_model_has_no_place_for(folder: Path) -> None:
     assert "(extra)" in error.message
 
 
+def test_a_tensor_that_is_there_under_two_names(folder: Path) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({"norm.weight": torch.ones(64)}))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert "model.norm.weight" in error.message
+    assert "only one of them" in error.message
+
+
 @pytest.mark.parametrize("name", [WEIGHT, "model.norm.weight", "model.embed_tokens.weight"])
 def test_a_tensor_of_another_shape(folder: Path, name: str) -> None:
     edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(5, 7)}))

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedConfig
+
+from qlora_core.models.files import find_weights
 
 # What a process needs besides: the threads' own buffers, Python's objects, the allocator's rests.
 MARGIN_BYTES = 16 * 2**20
@@ -22,24 +24,39 @@ from qlora_core.models.loading import load_model
 quantize_nf4(torch.randn(512, 512))
 print("ready", flush=True)
 sys.stdin.readline()
-model = load_model(Path(sys.argv[1]), device="cpu", compute_dtype=torch.bfloat16)
+model = load_model(
+    Path(sys.argv[1]), device="cpu", compute_dtype=torch.bfloat16, quantize=sys.argv[2] == "nf4"
+)
 tensors = {one.data_ptr(): one.nbytes for one in [*model.parameters(), *model.buffers()]}
 print(sum(tensors.values()), flush=True)
 sys.stdin.readline()
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of 60 million parameters, 120 MB in seven shards; its embedding and its head are the largest tensors."""
-    config = LlamaConfig(
-        vocab_size=16_000,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=13,
-        num_attention_heads=8,
-        tie_word_embeddings=False,
-    )
+LLAMA = LlamaConfig(
+    vocab_size=16_000,
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=13,
+    num_attention_heads=8,
+    tie_word_embeddings=False,
+)
+# Stored expert by expert, so that the largest tensor is one expert's matrix, of 1.8 MB; a layer's make 44 MB together.
+MIXTRAL = MixtralConfig(
+    vocab_size=1_000,
+    hidden_size=512,
+    intermediate_size=1792,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    num_local_experts=8,
+)
+
+
+@pytest.fixture(scope="module", params=[LLAMA, MIXTRAL], ids=lambda config: config.model_type)
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A model of more than 60 million parameters, 120 MB or more in seven shards or more."""
+    config: PreTrainedConfig = request.param
     folder = tmp_path_factory.mktemp("model")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="20MB")
@@ -47,10 +64,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_memory_stays_within_the_result_and_two_of_the_largest_tensor(folder: Path) -> None:
-    largest_bytes = 16_000 * 512 * 2
+@pytest.mark.parametrize("form", ["nf4", "dense"])
+def test_memory_stays_within_the_result_and_two_of_the_largest_tensor(
+    folder: Path, form: str
+) -> None:
+    largest_bytes = max(place.nbytes for place in find_weights(folder).places.values())
+
+    before, peak, result_bytes = watch(folder, form)
+
+    assert result_bytes > (30_000_000 if form == "nf4" else 100_000_000)
+    assert peak[0] - before[0] <= result_bytes + 2 * largest_bytes + MARGIN_BYTES
+    assert peak[1] - before[1] <= MAPPED_BYTES
+
+
+def watch(folder: Path, form: str) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Load in a process of its own; give what it held before, at its peak, and the result's bytes."""
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, folder],
+        [sys.executable, "-c", PROGRAM, folder, form],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -70,11 +100,7 @@ def test_memory_stays_within_the_result_and_two_of_the_largest_tensor(folder: Pa
             time.sleep(0.001)
         program.stdin.write("end\n")
         program.stdin.close()
-
-    result_bytes = int(told)
-    assert result_bytes > 50_000_000
-    assert peak[0] - before[0] <= result_bytes + 2 * largest_bytes + MARGIN_BYTES
-    assert peak[1] - before[1] <= MAPPED_BYTES
+    return before, peak, int(told)
 
 
 def resident(pid: int) -> tuple[int, int]:

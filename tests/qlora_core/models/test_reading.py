@@ -55,6 +55,19 @@ def test_lent_memory_is_used_again_and_taken_memory_is_not(tmp_path: Path) -> No
     assert not torch.equal(lent, TENSORS["half"])
 
 
+@pytest.mark.parametrize(
+    "shapes", [[(7, 5)], [(7, 5), (3, 5), (1, 5)], [(2,), (3,)], [(2, 0)]], ids=str
+)
+def test_lent_tensors_are_joined_along_their_first_dimension(
+    tmp_path: Path, shapes: list[tuple[int, ...]]
+) -> None:
+    tensors = {f"{i}": torch.randn(shape).bfloat16() for i, shape in enumerate(shapes)}
+    with reader(tmp_path, tensors) as open_reader:
+        joined = open_reader.lend_joined(list(tensors))
+
+        assert torch.equal(joined, torch.cat(list(tensors.values())))
+
+
 def test_progress_counts_what_was_read(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
     with reader(

@@ -160,11 +160,19 @@ def test_a_stack_takes_matrices_of_one_kind_only() -> None:
 
     for weights in ([], [one, other], [quantize_nf4(torch.randn(64))]):
         with pytest.raises(ShapeError, match="matrices of one kind"):
-            NF4Stack(weights, compute_dtype=torch.float32)
+            NF4Stack(weights, len(weights), compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_stack_takes_as_many_matrices_as_it_was_told(count: int) -> None:
+    weights = [quantize_nf4(torch.randn(4, 64)) for _ in range(2)]
+
+    with pytest.raises(ShapeError, match=f"needs {count} matrices"):
+        NF4Stack(iter(weights), count, compute_dtype=torch.float32)
 
 
 def test_says_its_size() -> None:
-    stack = NF4Stack([quantize_nf4(torch.randn(4, 64))] * 3, compute_dtype=torch.float32)
+    stack = NF4Stack([quantize_nf4(torch.randn(4, 64))] * 3, 3, compute_dtype=torch.float32)
 
     assert "experts=3, in_features=64, out_features=4" in repr(stack)
 
