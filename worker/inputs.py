@@ -88,6 +88,7 @@ def prepare(
         "validation_file": None if validation is None else str(validation),
         "hyperparameters": job.hyperparameters if claim.kind == "train" else requested,
         "seed": job.seed,
+        "now": job.created_at.timestamp(),
         "sample_prompts": job.spec.get("sample_prompts", []),
         "resume_from": None if resume is None else str(resume.folder),
         "device": device,

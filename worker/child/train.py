@@ -53,7 +53,8 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
     device = str(spec["device"])
     model_folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
     config = train_config(spec, model_folder)
-    encoder = TextEncoder.from_folder(model_folder)
+    # The job's own time: a template that prints the date prints the same one in every attempt.
+    encoder = TextEncoder.from_folder(model_folder, now=spec["now"])
     dataset = _dataset(spec["training_file"], encoder, config, folder, report)
     validation = spec["validation_file"]
     model = load_model(model_folder, device=device, compute_dtype=compute_dtype(device))

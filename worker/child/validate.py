@@ -37,7 +37,7 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
     read_config(folder)
     find_shards(folder, file_names(model, folder, cache))  # refuse now what could not be loaded
     _limit(int(spec["memory_bytes"]), int(spec["time_s"]))
-    encoder = TextEncoder.from_folder(folder)
+    encoder = TextEncoder.from_folder(folder, now=spec["now"])
     requested = spec["hyperparameters"]
     context_length = resolve_context_length(requested, encoder.context_length)
     train_on_inputs = requested.get("train_on_inputs") is True
