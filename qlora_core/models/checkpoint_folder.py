@@ -42,19 +42,47 @@ def find_source(model: PreTrainedModel, source: str | Path | None) -> Path | Non
 
 
 def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None:
-    """Refuse to write where something else is.
+    """Refuse to write where that would fail, or take away what is there.
 
     Raises:
-        ConfigError: the folder is a file, has files in it that are not to be replaced, or holds ``source``.
+        ConfigError: the folder is a file, a mount point, the current folder or above it, cannot be made, has files in it
+            that are not to be replaced, or holds ``source``.
     """
-    if folder.exists() and not folder.is_dir():
+    target = _real(folder)
+    if target.is_symlink():
+        raise ConfigError(f"{folder} is a link that leads nowhere; name a folder to save to")
+    if target.exists() and not target.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder to save to")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"{folder} has files in it; name another folder, or have it replaced")
-    if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
+    if ".." in folder.parts and not folder.parent.is_dir():
+        raise ConfigError(f"{folder} leads through a folder that is not there; name it without ..")
+    if source is not None and target in (_real(source), *_real(source).parents):
         raise ConfigError(f"{folder} holds the model that is to be saved; name another folder")
+    here = Path.cwd()
+    if target in (here, *here.parents):
+        raise ConfigError(f"{folder} is the current folder, or above it; name a folder of its own")
+    if target.is_mount():
+        raise ConfigError(
+            f"{folder} is a mount point, which cannot be replaced; name a folder in it"
+        )
+    aside = _aside(target)
+    if aside.exists() and not target.exists():
+        raise ConfigError(
+            f"{aside} is what {folder} was before a run that was cut off; rename it back, or delete it"
+        )
+    _refuse_unwritable(target)
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ConfigError(
+            f"{folder} has files in it; name another folder, or have it replaced "
+            "(overwrite=True, --force)"
+        )
+
+
+def _refuse_unwritable(target: Path) -> None:
+    above = next(one for one in target.parents if one.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{above} is a file, so there can be no folder {target}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"{above} cannot be written to; name another folder")
 
 
 def whole_config(model: PreTrainedModel, source: Path | None) -> Any:  # noqa: ANN401 - of any family
@@ -92,22 +120,48 @@ def copy_beside(model: PreTrainedModel, source: Path | None, folder: Path) -> No
 
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write in; it becomes ``folder`` on success and is removed on any failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    """Give an empty folder to write in; it becomes ``folder`` on success and is removed on any failure.
+
+    What ``folder`` was before is there until the new one is in its place: beside it, if the machine stops in between.
+    """
+    target = _real(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
         yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
             _flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
+        _put_in_place(unfinished, target)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    _flush(folder.parent)
+
+
+def _put_in_place(unfinished: Path, target: Path) -> None:
+    aside = _aside(target)
+    try:
+        if target.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
+        unfinished.rename(target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        raise
+    _flush(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _real(folder: Path) -> Path:
+    """Follow links, so that what a link leads to is replaced and not the link."""
+    return Path(os.path.realpath(folder))
+
+
+def _aside(target: Path) -> Path:
+    """Where the folder that was there before waits until the new one is in its place."""
+    return target.with_name(f".{target.name}.replaced")
 
 
 def _flush(path: Path) -> None:

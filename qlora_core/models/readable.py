@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qlora_core.errors import ConfigError, ModelUnsupported
+from qlora_core.models.checkpoint_folder import refuse_target
 from qlora_core.models.choice import choose_layers
 from qlora_core.models.files import find_weights, read_config
 from qlora_core.models.prequantized import group_tensors, refuse_other_formats
@@ -49,18 +50,6 @@ def refuse_beforehand(
     choice = choose_layers(skeleton, skip_modules)
     refuse_layers(skeleton, choice.linears, choice.experts)
     return dtype
-
-
-def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None:
-    """Refuse a folder to write to that has files in it, or holds the source; raises ConfigError."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder to save to")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
-    if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
-        raise ConfigError(f"{folder} holds the model that is to be saved; name another folder")
-    if not overwrite:
-        raise ConfigError(f"{folder} has files in it; name another folder, or have it replaced")
 
 
 def refuse_layers(

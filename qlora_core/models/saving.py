@@ -5,43 +5,30 @@ The folder is written beside its place and renamed into it at the end, so it is 
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qlora_core.errors import ModelUnsupported
+from qlora_core.models.checkpoint_folder import (
+    copy_beside,
+    find_source,
+    refuse_target,
+    whole_config,
+    written_whole,
+)
 from qlora_core.models.naming import checkpoint_names
-from qlora_core.models.readable import dense_layers, refuse_layers, refuse_target
+from qlora_core.models.readable import dense_layers, refuse_layers
+from qlora_core.models.skeleton import build_again
 from qlora_core.models.writing import write_tensors
 from qlora_core.nn.lora import LoraLinear
 from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.nf4_linear import NF4Linear
 
 _SHARD_BYTES = 5 * 10**9
-# What stands beside a model's weights: its tokenizer, its chat template, and its licence.
-_BESIDE = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template.*",
-    "additional_chat_templates/*.jinja",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
 
 
 def save_quantized(
@@ -72,34 +59,19 @@ def save_quantized(
         ModelUnsupported: the model has adapters, or layers that transformers and bitsandbytes would not read.
         OSError: the disk is full, or refuses to be written to.
     """
-    folder, source = Path(folder), _find_source(model, source)
+    folder, source = Path(folder), find_source(model, source)
     refuse_target(folder, source, overwrite=overwrite)
-    skeleton = _build_again(model)
+    skeleton = build_again(model)
     layers = _layers_in_nf4(model)
     experts = [path for path, module in model.named_modules() if isinstance(module, NF4Stack)]
     refuse_layers(skeleton, layers, experts)
     tensors = _gather(model, skeleton, layers)
     config = _quantized_config(model, layers, dense_layers(skeleton, layers), source)
-    with _written_whole(folder) as unfinished:
+    with written_whole(folder) as unfinished:
         write_tensors(unfinished, tensors, shard_bytes=shard_bytes, on_progress=on_progress)
         config.save_pretrained(unfinished)
-        if model.generation_config is not None and model.can_generate():
-            model.generation_config.save_pretrained(unfinished)
-        if source is not None:
-            _copy_beside(source, unfinished)
+        copy_beside(model, source, unfinished)
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _find_source(model: PreTrainedModel, source: str | Path | None) -> Path | None:
-    """Give the folder that the model came from, if it is known and there."""
-    known = source or model.config.name_or_path
-    return Path(known) if known and Path(known).is_dir() else None
-
-
-def _build_again(model: PreTrainedModel) -> PreTrainedModel:
-    """Build the architecture anew, without weights: the layers that transformers would replace."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        return type(model)(deepcopy(model.config))
 
 
 def _layers_in_nf4(model: PreTrainedModel) -> dict[str, NF4Linear]:
@@ -135,18 +107,9 @@ def _gather(
 def _quantized_config(
     model: PreTrainedModel, layers: Mapping[str, NF4Linear], dense: list[str], source: Path | None
 ) -> Any:  # noqa: ANN401 - of any family
-    config: Any = deepcopy(model.config)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        # The language model's part of a larger configuration, which alone says what to load.
-        if source is None:
-            raise ModelUnsupported(
-                f"the configuration of a {type(model).__name__} is a part of a larger one; "
-                "name the folder that the model came from as source"
-            )
-        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    config = whole_config(model, source)
     dtype = str(model.dtype).removeprefix("torch.")
     config.dtype = dtype
-    config.architectures = [type(model).__name__]
     config.quantization_config = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -158,41 +121,3 @@ def _quantized_config(
         "llm_int8_skip_modules": dense,
     }
     return config
-
-
-def _copy_beside(source: Path, folder: Path) -> None:
-    for pattern in _BESIDE:
-        for path in source.glob(pattern):
-            target = folder / path.relative_to(source)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-
-
-@contextmanager
-def _written_whole(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write in; it becomes ``folder`` on success and is removed on any failure."""
-    folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
-        if folder.exists():
-            shutil.rmtree(folder)
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

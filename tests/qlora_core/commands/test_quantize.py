@@ -179,10 +179,10 @@ def test_a_model_that_is_in_nf4_already_is_refused(tmp_path: Path, llama: Path) 
     assert "is in NF4 already" in refusal(tmp_path / "nf4", tmp_path / "again")
 
 
-def test_a_disk_that_cannot_be_written_is_one_sentence(tmp_path: Path, llama: Path) -> None:
+def test_a_place_that_cannot_be_written_to_is_one_sentence(tmp_path: Path, llama: Path) -> None:
     (tmp_path / "file").write_text("")
 
-    assert "file: File exists" in refusal(llama, tmp_path / "file" / "nf4")
+    assert "file is a file, so there can be no folder" in refusal(llama, tmp_path / "file" / "nf4")
 
 
 def test_help_needs_no_torch() -> None:
