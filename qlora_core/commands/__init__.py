@@ -8,6 +8,7 @@ from __future__ import annotations
 import typer
 
 from qlora_core.commands.quantize import quantize
+from qlora_core.commands.train import train
 
 __all__ = ["app", "main"]
 
@@ -24,6 +25,7 @@ def _several() -> None:
     """Keep typer from taking a program of one command for that command."""
 
 
+app.command()(train)
 app.command()(quantize)
 
 

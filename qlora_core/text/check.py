@@ -21,7 +21,9 @@ Progress = Callable[[int, int], None]
 
 # What one process reads at a time.
 _PART_BYTES = 1 << 20
-_FAILED = "The job failed due to an invalid training file."
+FAILED = "The job failed due to an invalid training file."
+"""How a problem's message begins: OpenAI's words."""
+
 
 
 def check_dataset(
@@ -173,9 +175,9 @@ class _Whole:
     def _problem(self, min_examples: int) -> DatasetProblem | None:
         found = self.found
         if found.errors:
-            return DatasetProblem("invalid_training_file", f"{_FAILED} {_summary(found)}")
+            return DatasetProblem("invalid_training_file", f"{FAILED} {_summary(found)}")
         if found.n_lines == 0:
-            return DatasetProblem("invalid_training_file", f"{_FAILED} The file is empty.")
+            return DatasetProblem("invalid_training_file", f"{FAILED} The file is empty.")
         if found.n_lines < min_examples:
             return DatasetProblem(
                 "invalid_n_examples",
@@ -185,7 +187,7 @@ class _Whole:
         if found.n_examples == 0:
             return DatasetProblem(
                 "invalid_training_file",
-                f"{_FAILED} {_none_of(found.n_lines)} anything to train on: every assistant message "
+                f"{FAILED} {_none_of(found.n_lines)} anything to train on: every assistant message "
                 f"has weight 0 or lies beyond the context length of {self.settings.context_length} "
                 "tokens.",
             )

@@ -133,12 +133,22 @@ def _read(point: Path) -> tuple[Progress, dict[str, Any], list[Weights]]:
 
 
 def _check_identity(point: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    found, wanted = _by_setting(found), _by_setting(wanted)
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
             raise ResumePointError(
                 f"The resume point {point.name} belongs to another run: its {name} is "
                 f"{found.get(name)!r}, not {wanted.get(name)!r}."
             )
+
+
+def _by_setting(identity: dict[str, Any]) -> dict[str, Any]:
+    """Lift out what a group of settings holds: a message about one of them names that one."""
+    flat: dict[str, Any] = {}
+    for name, value in identity.items():
+        inner = _by_setting(value) if isinstance(value, dict) else None
+        flat |= {name: value} if not inner else {f"{name}.{key}": one for key, one in inner.items()}
+    return flat
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -1,0 +1,132 @@
+"""The output folder of a run: what began it, what it told, and one process at a time in it.
+
+Beside what the trainer writes (checkpoints, resume points, the adapter) it holds ``config.toml`` as it was given,
+``inputs.json`` with what a resumed run must find unchanged, and ``events.jsonl``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qlora_core.train import Event
+
+CONFIG, INPUTS, EVENTS = "config.toml", "inputs.json", "events.jsonl"
+_STARTED = '"kind": "run_started"'
+
+
+class RunFolder:
+    """The folder of one run, new or begun before.
+
+    Args:
+        path: made by `begun`; new, empty, or one that a run has been started in.
+        resume: whether to go on with a run that is in it.
+
+    Attributes:
+        path: as given.
+        is_begun: whether a run has been started in it before.
+
+    Raises:
+        ConfigError: there is a run in it and it is not to go on, or files of somebody else's.
+    """
+
+    def __init__(self, path: Path, *, resume: bool) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; name a folder for the run")
+        self.is_begun = any(_STARTED in line for line in _lines(path / EVENTS))
+        if self.is_begun and not resume:
+            raise ConfigError(
+                f"{path} has a run in it; go on with it by --resume, or name another folder by --out"
+            )
+        # What never came to its first step left no more than these.
+        strangers = {one.name for one in path.glob("*")} - {CONFIG, INPUTS, EVENTS}
+        if strangers and not self.is_begun:
+            raise ConfigError(f"{path} has files in it; name another folder by --out")
+        self._settled: dict[str, Any] | None = None
+        self._file: Any = None
+
+    def settled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the inputs with the time the run began, the first run's where there was one.
+
+        Args:
+            inputs: what the result depends on beside the trainer's settings, as JSON values.
+
+        Raises:
+            ConfigError: one of them is not what it was when the run began.
+        """
+        before = self.path / INPUTS
+        if not (self.is_begun and before.is_file()):
+            return {"began": time.time(), **inputs}
+        found = json.loads(before.read_text(encoding="utf-8"))
+        for name, value in inputs.items():
+            if found.get(name) != value:
+                raise ConfigError(
+                    f"{name} is not what it was when the run in {self.path} began; a run goes on only as it began"
+                )
+        return found
+
+    @contextmanager
+    def begun(self, config: Path, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """Hold the folder for this process; inside, `tell` writes.
+
+        Raises:
+            ConfigError: another process is training in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / EVENTS).open("a+", encoding="utf-8") as self._file:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(f"another process is training in {self.path}") from None
+            if self.is_begun:
+                self._end_torn_line()
+            else:
+                self._file.truncate(0)
+                shutil.copyfile(config, self.path / CONFIG)
+                (self.path / INPUTS).write_text(json.dumps(inputs, indent=1), encoding="utf-8")
+            yield
+
+    def tell(self, event: Event) -> None:
+        """Append an event with its time; flushed, so that a kill loses none."""
+        line = {"at": time.time(), **event.as_dict()}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def events(self) -> list[dict[str, Any]]:
+        """Read what the run has told so far; a line that a kill has torn is passed over."""
+        events: list[dict[str, Any]] = []
+        for line in _lines(self.path / EVENTS):
+            try:
+                events.append(json.loads(line))
+            except ValueError:
+                continue
+        return events
+
+    def _end_torn_line(self) -> None:
+        *_, last = ["\n", *_lines(self.path / EVENTS)]
+        if not last.endswith("\n"):
+            self._file.write("\n")
+
+
+def fingerprint(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        yield from file

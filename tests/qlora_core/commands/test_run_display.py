@@ -1,0 +1,98 @@
+"""What a person sees of a run: a bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora_core.commands.run_display import RunDisplay, duration, gigabytes
+from qlora_core.train import DatasetProgress, Notice, RunStarted, StepMetrics, ValidationMetrics
+
+
+def stepped(step: int, loss: float | None = 2.5) -> StepMetrics:
+    return StepMetrics(
+        step=step,
+        total_steps=100,
+        epoch=step / 100,
+        train_loss=loss,
+        train_mean_token_accuracy=0.5,
+        learning_rate=2e-4,
+        grad_norm=1.0,
+        tokens_per_s=1234.4,
+        mfu=None,
+        trained_tokens=10,
+        step_time_s=3.0,
+        memory={"rss_bytes": 2**20, "peak_rss_bytes": 3 * 2**30},
+    )
+
+
+def shown(*events: object, terminal: bool) -> str:
+    console = Console(
+        file=io.StringIO(), force_terminal=terminal, width=120, highlight=False, color_system=None
+    )
+    display = RunDisplay(console)
+    with display.shown():
+        for event in events:
+            display.tell(event)  # type: ignore[arg-type]
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_lines_say_where_the_run_is_and_how_long_it_takes() -> None:
+    told = shown(
+        RunStarted(100, 40, 1600, 2, 299_008, 4 * 2**20, "cpu", 1, 2),
+        stepped(41),
+        stepped(42),
+        stepped(100),
+        terminal=False,
+    )
+
+    assert told.splitlines() == [
+        "1,600 examples, 100 steps; 299,008 parameters to train over a base of 4.0 MiB, on cpu",
+        "cut to the context length: 1; left out because nothing in them is trained: 2",
+        "going on after step 40",
+        "step 41/100  loss 2.5000  lr 2.00e-04  1,234 tokens/s  3.0 GiB  2:57 left",
+        "step 100/100  loss 2.5000  lr 2.00e-04  1,234 tokens/s  3.0 GiB  0:00 left",
+    ]
+
+
+def test_validations_notices_and_reading_are_told() -> None:
+    told = shown(
+        DatasetProgress(5 * 2**20, 10 * 2**20),
+        Notice("warn", "odd [thing]"),
+        Notice("info", "just so"),
+        ValidationMetrics(0, 5.0, 0.25),
+        ValidationMetrics(7, 4.5, 0.5, is_best=True),
+        terminal=False,
+    )
+
+    assert told.splitlines() == [
+        "tokenized 5 of 10 MiB",
+        "Warning: odd [thing]",
+        "just so",
+        "validation of the base model: loss 5.0000, accuracy 25.0%",
+        "validation after step 7: loss 4.5000, accuracy 50.0%, the best so far",
+    ]
+
+
+def test_a_terminal_gets_a_bar_with_the_figures() -> None:
+    started = RunStarted(100, 0, 1600, 2, 299_008, 2**20, "cpu", 0, 0)
+
+    told = shown(started, stepped(1), stepped(2, loss=None), terminal=True)
+
+    assert "2/100" in told
+    assert "loss skipped  lr 2.00e-04  1,234 tokens/s  3.0 GiB" in told
+    assert "step 2/100" not in told
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (750, "12:30"), (11_100, "3:05:00")]
+)
+def test_times_are_written_as_on_a_clock(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_sizes_are_in_the_unit_that_suits_them() -> None:
+    assert gigabytes(600 * 2**20) == "600 MiB"
+    assert gigabytes(3 * 2**29) == "1.5 GiB"

@@ -1,0 +1,109 @@
+"""A run's folder: begun once, gone on with when asked, one process at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_core.commands.run_folder import RunFolder
+from qlora_core.errors import ConfigError
+from qlora_core.train import Notice, RunStarted
+
+INPUTS = {"data.train": "abc", "model.block_size": 64}
+STARTED = RunStarted(3, 0, 4, 1, 10, 20, "cpu", 0, 0)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "run.toml"
+    file.write_text("# mine\n")
+    return file
+
+
+def start(path: Path, config: Path) -> RunFolder:
+    folder = RunFolder(path, resume=False)
+    with folder.begun(config, folder.settled(INPUTS)):
+        folder.tell(STARTED)
+    return folder
+
+
+def test_a_new_folder_keeps_what_began_the_run_and_what_it_told(
+    tmp_path: Path, config: Path
+) -> None:
+    folder = start(tmp_path / "a" / "out", config)
+
+    assert (folder.path / "config.toml").read_text() == "# mine\n"
+    assert json.loads((folder.path / "inputs.json").read_text()).items() >= INPUTS.items()
+    (event,) = folder.events()
+    assert event.pop("at") > 0
+    assert event == STARTED.as_dict()
+
+
+def test_a_run_is_gone_on_with_only_when_asked(tmp_path: Path, config: Path) -> None:
+    start(tmp_path / "out", config)
+
+    with pytest.raises(ConfigError, match="has a run in it; go on with it by --resume"):
+        RunFolder(tmp_path / "out", resume=False)
+
+    assert RunFolder(tmp_path / "out", resume=True).is_begun
+
+
+def test_what_never_came_to_its_first_step_is_begun_anew(tmp_path: Path, config: Path) -> None:
+    failed = RunFolder(tmp_path / "out", resume=False)
+    with failed.begun(config, failed.settled(INPUTS)):
+        failed.tell(Notice("warn", "before the start"))
+    config.write_text("# mended\n")
+
+    folder = start(tmp_path / "out", config)
+
+    assert [event["kind"] for event in folder.events()] == ["run_started"]
+    assert (folder.path / "config.toml").read_text() == "# mended\n"
+
+
+def test_files_of_somebody_else_are_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("")
+
+    for resume in (False, True):
+        with pytest.raises(ConfigError, match="has files in it"):
+            RunFolder(tmp_path / "out", resume=resume)
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(tmp_path / "out" / "thesis.txt", resume=False)
+
+
+def test_a_run_goes_on_only_as_it_began_and_with_the_time_it_began(
+    tmp_path: Path, config: Path
+) -> None:
+    began = start(tmp_path / "out", config).settled(INPUTS)["began"]
+    again = RunFolder(tmp_path / "out", resume=True)
+
+    assert again.settled(INPUTS) == {"began": json.loads((again.path / "inputs.json").read_text())["began"], **INPUTS}  # fmt: skip
+    assert again.settled(INPUTS)["began"] <= began
+    with pytest.raises(ConfigError, match=r"data.train is not what it was when the run"):
+        again.settled({**INPUTS, "data.train": "changed"})
+
+
+def test_two_at_once_are_refused(tmp_path: Path, config: Path) -> None:
+    start(tmp_path / "out", config)
+    first, second = (RunFolder(tmp_path / "out", resume=True) for _ in range(2))
+
+    with (
+        first.begun(config, INPUTS),
+        pytest.raises(ConfigError, match="another process is training"),
+        second.begun(config, INPUTS),
+    ):
+        pass
+
+
+def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path: Path, config: Path) -> None:
+    start(tmp_path / "out", config)
+    with (tmp_path / "out" / "events.jsonl").open("a") as file:
+        file.write('{"at": 1, "kind": "step_met')
+    folder = RunFolder(tmp_path / "out", resume=True)
+
+    with folder.begun(config, INPUTS):
+        folder.tell(Notice("info", "again"))
+
+    assert [event["kind"] for event in folder.events()] == ["run_started", "notice"]
