@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
 from tests.qlora_core.aot.entries import Entry, elements_per_thread, manifest
+from tests.qlora_core.aot.narrowing import narrow_offsets
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -56,17 +57,6 @@ def _dump(option: str, cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def narrow_uses_of_program_ids(ttir: str) -> list[str]:
-    """Give the operations that compute with a program id before it is widened to 64 bits."""
-    ids = re.findall(r"(%\w+) = tt\.get_program_id", ttir)
-    uses = [
-        line.strip()
-        for line in ttir.splitlines()
-        if any(re.search(rf"{name}\b", line.partition("=")[2]) for name in ids)
-    ]
-    return [use for use in uses if not re.search(r"arith\.extsi %\w+ : i32 to i64", use)]
-
-
 def measure(entry: Entry, arch: int) -> dict[str, Any]:
     """Compile one entry for one architecture and say what it became; `gate.Row` has the fields."""
     compiled = compile_one(entry, arch)
@@ -81,13 +71,14 @@ def measure(entry: Entry, arch: int) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "stack_accesses": sum(name.startswith(("STL", "LDL")) for name in names),
         "surplus_fused": 0 if entry.fused is None else fused - entry.fused,
-        "narrow_program_ids": (
-            narrow_uses_of_program_ids(compiled.asm["ttir"]) if entry.whole_weight else []
-        ),
+        "narrow_offsets": narrow_offsets(compiled.asm["ttir"]) if entry.whole_weight else [],
         "global_accesses": dict(Counter(name for name in names if name[:3] in ("LDG", "STG"))),
         "missing": [
             need for need in entry.needs if not any(re.fullmatch(need, name) for name in names)
         ],
+        "other_stores": sorted(
+            {name for name in names if name[:3] == "STG" and not re.fullmatch(entry.stores, name)}
+        ),
         "instructions": len(names),
         "per_element": len(names) / elements_per_thread(entry.launch),
         "most_per_element": entry.most_per_element,

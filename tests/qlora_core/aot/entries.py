@@ -41,10 +41,11 @@ class Entry:
         launch: how it is launched.
         everyday: whether `make test` compiles it, too.
         unaligned: tensors that do not begin at a multiple of 16 bytes, as newly allocated ones do.
-        whole_weight: whether program ids reach as far as a weight does, so that they must be
-            widened to 64 bits before anything is computed from them.
+        whole_weight: whether program ids reach as far as a weight does, so that what is computed
+            from them must have 64 bits.
         fused: fused multiply-adds that the kernel itself asks for, per thread; None to count none.
         needs: machine instructions that must occur, as regular expressions.
+        stores: which of those that write global memory may occur, as a regular expression.
         most_per_element: the most machine instructions per element, or None.
     """
 
@@ -58,6 +59,7 @@ class Entry:
     whole_weight: bool = True
     fused: int | None = 0
     needs: tuple[str, ...] = ()
+    stores: str = ".*"
     most_per_element: float | None = None
 
     @property
@@ -95,6 +97,7 @@ def _quantize_nf4(
         unaligned=unaligned,
         fused=elements_per_thread(launch),
         needs=() if unaligned else (r"LDG\.E\.128", r"STG\.E\.(64|128)"),
+        stores=r"STG\.E(\.64|\.128)?",
         most_per_element=None if unaligned else 30,
     )
 
@@ -155,6 +158,7 @@ def _dequantize_nf4(
         everyday=trained_with or (launch == DEQUANTIZE_NF4 and nested and block_size in EVERYDAY),
         unaligned=unaligned,
         needs=() if unaligned else (r"LDG\.E\.128", r"STG\.E\.128"),
+        stores=".*" if unaligned else r"STG\.E\.128",
         most_per_element=None if unaligned else 12,
     )
 

@@ -13,7 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 ROOT = Path(__file__).parents[3]
 # Bytes of shared memory that one program may have, by compute capability (CUDA C++ Programming
@@ -45,10 +45,11 @@ class Row:
         stack_accesses: instructions that read or write a thread's own memory: spills. (A stack that
             is declared and never touched is none; triton 3.7 leaves some.)
         surplus_fused: fused multiply-adds beyond those that the kernel asks for.
-        narrow_program_ids: operations of the intermediate code that compute with a 32-bit program
-            id, where a weight may have more elements than 32 bits count.
+        narrow_offsets: operations of the intermediate code that compute an offset in fewer than 64
+            bits, where a weight may have more elements than 32 bits count.
         global_accesses: how many instructions of each kind read and write global memory.
         missing: instructions that the entry needs and the code does not have.
+        other_stores: kinds of instructions that write global memory where the entry wants others.
         instructions: in the whole kernel.
         per_element: the same, divided by the elements of one thread.
         most_per_element: the entry's limit for that, or None.
@@ -62,9 +63,10 @@ class Row:
     shared_bytes: int
     stack_accesses: int
     surplus_fused: int
-    narrow_program_ids: list[str]
+    narrow_offsets: list[str]
     global_accesses: dict[str, int]
     missing: list[str]
+    other_stores: list[str]
     instructions: int
     per_element: float
     most_per_element: float | None
@@ -81,9 +83,11 @@ def complaints(row: Row) -> list[str]:
         found.append(f"{row.surplus_fused} fused multiply-adds change the last bit")
     if row.missing:
         found.append(f"no {' and no '.join(row.missing)}, but {row.global_accesses}")
+    if row.other_stores:
+        found.append(f"stores by {' and '.join(row.other_stores)}")
     if row.most_per_element is not None and row.per_element > row.most_per_element:
         found.append(f"{row.per_element:.1f} instructions per element")
-    found += [f"overflows beyond 2^31 elements: {use}" for use in row.narrow_program_ids]
+    found += [f"overflows beyond 2^31 elements: {use}" for use in row.narrow_offsets]
     return [f"{row.label} on sm_{row.arch}, triton {row.triton}: {each}" for each in found]
 
 
@@ -113,6 +117,21 @@ def compile_rows(
             return [Row(**json.loads(line)) for line in told.splitlines()]
 
         return [row for rows in pool.map(compile_share, range(processes)) for row in rows]
+
+
+def mutants(
+    which: Literal["overflowing", "otherwise wrong"], arch: int, *, processes: int = 2
+) -> dict[str, list[str]]:
+    """Give the complaints about each kernel that is wrong on purpose, by what is wrong with it."""
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
+
+        def compile_share(share: int) -> list[dict[str, Any]]:
+            words = [which, str(share), str(processes), str(arch)]
+            told = _run("mutants.py", *words, cache=cache, other_triton=False)
+            return [json.loads(line) for line in told.splitlines()]
+
+        lines = [line for lines in pool.map(compile_share, range(processes)) for line in lines]
+    return {line["name"]: complaints(Row(**line["row"])) for line in lines}
 
 
 def launches(*, other_triton: bool = False) -> tuple[list[str], list[str]]:

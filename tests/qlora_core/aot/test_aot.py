@@ -13,7 +13,9 @@ from tests.qlora_core.aot.gate import (
     compile_rows,
     complaints,
     launches,
+    mutants,
 )
+from tests.qlora_core.aot.narrowing import narrow_offsets
 
 needs_other_triton = pytest.mark.skipif(
     not OTHER_TRITON.exists(), reason="`make test` installs the other Triton, pytest alone does not"
@@ -80,9 +82,10 @@ def test_everything_that_a_gpu_would_stumble_over_is_complained_about() -> None:
         shared_bytes=100 * 1024,
         stack_accesses=2,
         surplus_fused=1,
-        narrow_program_ids=["%1 = arith.muli %0, %c64_i32 : i32"],
+        narrow_offsets=["%1 = arith.muli %0, %c64_i32 : i32"],
         global_accesses={"LDG.E.U8": 16},
         missing=["LDG.E.128"],
+        other_stores=["STG.E.U8"],
         instructions=400,
         per_element=12.5,
         most_per_element=12,
@@ -90,5 +93,44 @@ def test_everything_that_a_gpu_would_stumble_over_is_complained_about() -> None:
 
     found = " ".join(complaints(row))
 
-    for words in ("spills", "102400 bytes of shared", "fused", "no LDG", "12.5 instr", "overflows"):
+    for words in (
+        "spills",
+        "102400 bytes of shared",
+        "1 fused",
+        "no LDG.E.128, but",
+        "stores by STG.E.U8",
+        "12.5 instr",
+        "overflows",
+    ):
         assert words in found
+
+
+def test_an_offset_that_is_narrowed_on_its_way_is_complained_about() -> None:
+    found = mutants("overflowing", 90)
+
+    assert len(found) > 10
+    assert {name for name in found if "overflows" not in " ".join(found[name])} == set()
+
+
+def test_a_kernel_that_is_wrong_otherwise_is_complained_about() -> None:
+    found = mutants("otherwise wrong", 86)
+
+    assert len(found) > 6
+    assert {name for name in found if name not in " ".join(found[name])} == set()
+
+
+def test_a_number_that_leaves_a_loop_or_a_branch_is_not_followed_but_complained_about() -> None:
+    code = """
+      tt.func public @a_kernel(%values: !tt.ptr<f32> loc("values"(#loc)), %n: i64 loc("n"(#loc))) {
+        %first = tt.get_program_id x : i32 loc(#loc1)
+        %wide = arith.extsi %first : i32 to i64 loc(#loc1)
+        %inside = arith.cmpi slt, %wide, %n : i64 loc(#loc1)
+        %begin = scf.if %inside -> (i64) {
+          scf.yield %wide : i64 loc(#loc2)
+        } else {
+          scf.yield %zero : i64 loc(#loc2)
+        } loc(#loc3)
+        %place = tt.addptr %values, %begin : !tt.ptr<f32>, i64 loc(#loc3)
+    """
+
+    assert narrow_offsets(code) == ["scf.yield %wide : i64"]
