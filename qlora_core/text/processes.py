@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -33,6 +34,8 @@ _MOST_PROCESSES = 16
 _PROCESS_BYTES = 1 << 30
 _PARTS_AHEAD = 2
 _END_S = 5.0
+# It decides what becomes of the work of the processes.
+_FOR_THE_PARENT = (signal.SIGTERM, signal.SIGINT)
 _OUT_OF_MEMORY = "out of memory"
 _START = (
     "import json, sys\n"
@@ -148,9 +151,14 @@ def say_out_of_memory(pipe: IO[bytes]) -> None:
 
 
 def _start(task: dict[str, Any]) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen(
-        [sys.executable, "-P", "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    # A process has its parent's mask from its first moment on, before it could ignore anything itself.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_PARENT)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     _write(process, [path or str(Path.cwd()) for path in sys.path])
     _write(process, task)
     return process

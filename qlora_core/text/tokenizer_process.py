@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-import signal
 import sys
 from pathlib import Path
 
@@ -19,9 +18,6 @@ def main() -> None:
     # What libraries print goes to the log, and not among the answers.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    # Meant for the parent, which decides what becomes of its work.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     task = json.loads(sys.stdin.buffer.readline())
     if task["memory_bytes"] is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -180,12 +181,29 @@ def test_a_process_that_ends_ends_the_reading(
         found = helpers.scan(iter([(0, 500)] * 50), "chat")
         next(found)
         for process in helpers._processes:
-            process.terminate()  # which they ignore: what becomes of their work is their parent's to say
-        next(found)
-        for process in helpers._processes:
             process.kill()
         with pytest.raises(MemoryError, match="ended with code -9"):
             list(found)
+
+
+@pytest.mark.parametrize("meant_for_the_parent", [signal.SIGTERM, signal.SIGINT])
+def test_a_wish_to_end_is_left_to_the_parent_from_the_start(
+    encoder: TextEncoder, tmp_path: Path, meant_for_the_parent: int
+) -> None:
+    path = _write(tmp_path / "train.jsonl", 300)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+    with TokenizerProcesses(path, encoder, ScanSettings(context_length=60), count=2) as helpers:
+        for process in helpers._processes:
+            process.send_signal(meant_for_the_parent)
+        found = helpers.scan(iter([(0, 500)] * 9), "chat")
+        next(found)
+        for process in helpers._processes:
+            process.send_signal(meant_for_the_parent)
+        rest = list(found)
+
+    assert len(rest) == 8
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_nothing_is_left_when_the_reader_stops(
