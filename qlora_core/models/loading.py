@@ -21,6 +21,7 @@ from qlora_core.models.files import find_weights, read_config
 from qlora_core.models.filling import Filling
 from qlora_core.models.prequantized import group_tensors, refuse_other_formats
 from qlora_core.models.reading import TensorReader
+from qlora_core.models.saving import refuse_save_pretrained
 from qlora_core.models.single_experts import find_single_experts
 from qlora_core.models.skeleton import build_skeleton, first_line
 from qlora_core.quant import NF4Weight, quantize_nf4
@@ -104,6 +105,8 @@ def load_model(
                 fill.put(name, tensor)
                 loaded.add(name)
     _finish(model, folder, device, fill.wanted - loaded)
+    if quantize:
+        refuse_save_pretrained(model)
     if on_progress is not None:
         on_progress(files.total_bytes, files.total_bytes)
     return model

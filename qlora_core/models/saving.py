@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MethodType
+from typing import Any, NoReturn
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qlora_core.errors import ModelUnsupported
+from qlora_core.errors import ConfigError, ModelUnsupported
 from qlora_core.models.checkpoint_folder import (
     copy_beside,
     find_source,
@@ -27,6 +28,8 @@ from qlora_core.models.writing import write_tensors
 from qlora_core.nn.lora import LoraLinear
 from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.nf4_linear import NF4Linear
+from qlora_core.quant.checks import FLOATS
+from qlora_core.quoting import quoted
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -55,8 +58,9 @@ def save_quantized(
         The files written.
 
     Raises:
-        ConfigError: the folder has files in it, or holds the model's own source.
-        ModelUnsupported: the model has adapters, or layers that transformers and bitsandbytes would not read.
+        ConfigError: `refuse_target` says when of the folder; or no layer of the model is in NF4.
+        ModelUnsupported: the model has adapters, layers that transformers and bitsandbytes would not read, or layers
+            that something else than `load_model` has quantized.
         OSError: the disk is full, or refuses to be written to.
     """
     folder, source = Path(folder), find_source(model, source)
@@ -65,6 +69,12 @@ def save_quantized(
     layers = _layers_in_nf4(model)
     experts = [path for path, module in model.named_modules() if isinstance(module, NF4Stack)]
     refuse_layers(skeleton, layers, experts)
+    _refuse_quantized_by_others(model)
+    if not layers:
+        raise ConfigError(
+            "no layer of the model is in NF4 (each was skipped, or it was loaded with quantize=False), so that there is "
+            "nothing quantized to save; model.save_pretrained saves a dense model"
+        )
     tensors = _gather(model, skeleton, layers)
     config = _quantized_config(model, layers, dense_layers(skeleton, layers), source)
     with written_whole(folder) as unfinished:
@@ -72,6 +82,18 @@ def save_quantized(
         config.save_pretrained(unfinished)
         copy_beside(model, source, unfinished)
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def refuse_save_pretrained(model: PreTrainedModel) -> None:
+    """Make a model's own ``save_pretrained`` raise ConfigError: transformers would write NF4 layers in a way of nobody's."""
+    model.save_pretrained = MethodType(_refuse_save_pretrained, model)
+
+
+def _refuse_save_pretrained(model: PreTrainedModel, *args: Any, **kwargs: Any) -> NoReturn:  # noqa: ANN401, ARG001
+    raise ConfigError(
+        "save_pretrained would write NF4 layers into a checkpoint that nothing can load: use qlora_core.save_quantized, "
+        "or qlora_core.merge for a dense model with its adapters"
+    )
 
 
 def _layers_in_nf4(model: PreTrainedModel) -> dict[str, NF4Linear]:
@@ -84,24 +106,58 @@ def _layers_in_nf4(model: PreTrainedModel) -> dict[str, NF4Linear]:
     return {path: module for path, module in model.named_modules() if isinstance(module, NF4Linear)}
 
 
+def _refuse_quantized_by_others(model: PreTrainedModel) -> None:
+    settings = getattr(model.config, "quantization_config", None)
+    if settings is not None:
+        method = getattr(settings, "quant_method", None)
+        raise ModelUnsupported(
+            f"the model was quantized by transformers ({quoted(getattr(method, 'value', method))}), not by load_model; "
+            "save it with its own save_pretrained, or load the 16-bit weights with load_model"
+        )
+
+
 def _gather(
     model: PreTrainedModel, skeleton: PreTrainedModel, layers: Mapping[str, NF4Linear]
 ) -> dict[str, Tensor]:
-    """Give all tensors to store, by their names in a checkpoint, in the model's order."""
+    """Give all tensors to store, by their names in a checkpoint, in the model's order.
+
+    Raises:
+        ModelUnsupported: a tensor is not what the architecture has in its place.
+    """
     quantized = {f"{path}.weight": layer for path, layer in layers.items()}
     held = dict(model.state_dict())
     ignored = set(model._keys_to_ignore_on_save or ())  # noqa: SLF001
     # Either of two tied names would do; transformers looks for the one that is not in its table.
     ignored |= {name for name in model.all_tied_weights_keys if name in held}
-    names = [name for name in skeleton.state_dict() if name in quantized or name in held]
-    names = [name for name in names if name not in ignored]
+    wanted = {name: one for name, one in skeleton.state_dict().items() if name not in ignored}
+    for name in wanted.keys() - quantized.keys():
+        _refuse_foreign(name, held.get(name), wanted[name])
     tensors: dict[str, Tensor] = {}
-    for name, stored in checkpoint_names(skeleton, names, quantized).items():
+    for name, stored in checkpoint_names(skeleton, wanted, quantized).items():
         if name in quantized:
             tensors |= quantized[name].nf4.to_bitsandbytes(stored)
         else:
             tensors[stored] = held[name]
     return tensors
+
+
+def _refuse_foreign(name: str, tensor: Tensor | None, wanted: Tensor) -> None:
+    """Refuse what only looks like a dense weight, such as the codes of another quantization."""
+    dtypes = FLOATS if wanted.is_floating_point() else (wanted.dtype,)
+    if (
+        tensor is not None
+        and not tensor.is_meta
+        and tensor.shape == wanted.shape
+        and tensor.dtype in dtypes
+    ):
+        return
+    found = (
+        "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    )
+    raise ModelUnsupported(
+        f"{name} is {found}, where a dense model has {list(wanted.shape)}; it was changed by something else than "
+        "load_model, so that it cannot be saved"
+    )
 
 
 def _quantized_config(

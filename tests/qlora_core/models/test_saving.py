@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -307,3 +308,65 @@ def test_a_layer_that_transformers_would_leave_dense_is_refused_by_name(tmp_path
     message = refusal(load(tmp_path / "dense"), tmp_path / "nf4")
 
     assert "transformer.h.0.self_attention.query_key_value is a FalconLinear" in message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+        {"load_in_8bit": True},
+    ],
+    ids=str,
+)
+def test_a_model_that_transformers_has_quantized_is_refused(
+    tmp_path: Path, llama: Path, settings: dict[str, Any]
+) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(
+        llama, quantization_config=BitsAndBytesConfig(**settings), dtype=torch.float32
+    )
+
+    message = refusal(theirs, tmp_path / "nf4")
+
+    assert "was quantized by transformers (bitsandbytes), not by load_model" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight[:3])),
+        lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight.to("meta"))),
+        lambda linear: setattr(linear, "weight", nn.Parameter(linear.weight.double())),
+        lambda linear: delattr(linear, "weight"),
+    ],
+    ids=["shape", "meta", "dtype", "missing"],
+)
+def test_a_dense_layer_that_is_not_the_architectures_is_refused_by_name(
+    tmp_path: Path, llama: Path, change: Callable[[nn.Module], None]
+) -> None:
+    model = load(llama)
+    change(model.get_submodule("lm_head"))
+
+    assert refusal(model, tmp_path / "nf4").startswith("lm_head.weight is ")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_without_a_layer_in_nf4_is_refused(tmp_path: Path, llama: Path, own: bool) -> None:
+    model = load(llama, quantize=False) if own else AutoModelForCausalLM.from_pretrained(llama)
+
+    with pytest.raises(ConfigError, match="no layer of the model is in NF4"):
+        save_quantized(model, tmp_path / "nf4")
+
+    assert not (tmp_path / "nf4").exists()
+
+
+def test_transformers_own_saving_is_refused_where_it_would_write_what_nothing_reads(
+    tmp_path: Path, llama: Path
+) -> None:
+    save_quantized(load(llama), tmp_path / "nf4")
+
+    for model in (load(llama), deepcopy(load(llama)), load(tmp_path / "nf4")):
+        with pytest.raises(ConfigError, match="save_pretrained would write NF4 layers"):
+            model.save_pretrained(tmp_path / "theirs")
+
+    load(tmp_path / "nf4", quantize=False).save_pretrained(tmp_path / "dense")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "dense")(IDS).logits.isfinite().all()
