@@ -40,7 +40,7 @@ def code_bins(device: torch.device) -> Tensor:
         one. Shared, do not write to it.
     """
     thresholds = torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device="cpu")
-    inside = torch.full((BINS,), torch.inf, device="cpu")
+    inside = torch.full((BINS,), torch.inf, dtype=torch.float32, device="cpu")
     inside[bin_of(thresholds)] = thresholds
     # Bins in ascending order of what they hold: -16 to 15, as two's complement 16 to 31, 0 to 15.
     order = (torch.arange(BINS, device="cpu") + BINS // 2) % BINS
