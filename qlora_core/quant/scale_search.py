@@ -53,7 +53,9 @@ def improve_scales(
     Doubly quantized scales keep their nested scales and offset: each block then chooses among the 256
     scales that those offer, and its codes are found anew for the one it gets. So the scale it had is
     always among its choices, and no block's error, taken in float32, ever grows; where nothing is
-    better, the block keeps scale and codes.
+    better, the block keeps scale and codes. A scale that is infinite in the dtype of ``values`` is
+    none: double quantization makes one of the largest float16 numbers now and then, and here such a
+    block gets another.
 
     Args:
         values: what was quantized, n elements; float16, bfloat16 or float32, all finite.
@@ -70,9 +72,10 @@ def improve_scales(
     missing = absmax.numel() * half - packed.numel()
     codes = functional.pad(packed, (0, missing), value=_TWO_ZEROS).view(-1, half)
     scales = absmax.clone()
+    largest = torch.finfo(values.dtype).max
 
     def improve(place: slice, blocks: Tensor) -> None:
-        new = wanted = _best_scales(blocks)
+        new = wanted = _best_scales(blocks).clamp_(max=largest)
         old_scales = absmax[place]
         if nested_absmax is not None and offset is not None:
             # A place begins where a nested block does.
@@ -80,13 +83,16 @@ def improve_scales(
                 place.start // NESTED_BLOCK_SIZE : -(-place.stop // NESTED_BLOCK_SIZE)
             ]
             new = _nearest_codes(wanted, nested, offset)
-            wanted = dequantize_absmax(new, nested, offset)
+            # The nearest may lie above; then the next lower one lies below.
+            above = _is_infinite(dequantize_absmax(new, nested, offset), values.dtype)
+            wanted = dequantize_absmax(new.sub_(above.to(torch.uint8)), nested, offset)
             old_scales = dequantize_absmax(absmax[place], nested, offset)
         new_codes = _encode(blocks, wanted)
         new_error = _squared_error(blocks, new_codes, wanted)
         # A comparison with NaN, from a scale beyond the largest float32, is false as well.
         better = new_error < _squared_error(blocks, codes[place], old_scales)
-        better &= wanted > 0
+        better |= _is_infinite(old_scales, values.dtype)
+        better &= (wanted > 0) & ~_is_infinite(wanted, values.dtype)
         codes[place] = torch.where(better[:, None], new_codes, codes[place])
         scales[place] = torch.where(better, new, scales[place])
 
@@ -144,8 +150,15 @@ def _best_scales(blocks: Tensor) -> Tensor:
 @cache
 def _sums_of_trials(device: torch.device) -> Tensor:
     """For the middle x of each bin and each trial's level q of it, x q and q q: float32 [bins, 2 trials]."""
-    middles = (torch.arange(_BINS, device=device) + 0.5) * (2 / _BINS) - 1
-    trials = torch.logspace(math.log10(_LOWEST), math.log10(_HIGHEST), _TRIALS, device=device)
+    places = torch.arange(_BINS, dtype=torch.float32, device=device)
+    middles = (places + 0.5) * (2 / _BINS) - 1
+    trials = torch.logspace(
+        math.log10(_LOWEST),
+        math.log10(_HIGHEST),
+        _TRIALS,
+        dtype=torch.float32,
+        device=device,
+    )
     codes = torch.bucketize(middles[:, None] / trials, nf4_thresholds(device))
     levels = nf4_levels(device)[codes]
     return torch.cat((middles[:, None] * levels, levels.square()), dim=1)
@@ -156,6 +169,11 @@ def _nearest_codes(scales: Tensor, nested_absmax: Tensor, offset: Tensor) -> Ten
     inverse = reciprocal(nested_absmax).repeat_interleave(NESTED_BLOCK_SIZE)[: scales.numel()]
     codes = torch.searchsorted(dynamic_thresholds(scales.device), (scales - offset) * inverse)
     return codes.to(torch.uint8)
+
+
+def _is_infinite(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Whether level 1 under a scale is infinite in ``dtype``: float32 [blocks] -> bool [blocks]."""
+    return scales.to(dtype).isinf()
 
 
 def _encode(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -184,7 +202,7 @@ def _code_bins(device: torch.device) -> tuple[Tensor, Tensor]:
     thresholds = nf4_thresholds(device)
     bins = _code_bin_of(thresholds)
     every = torch.arange(_CODE_BINS + 1, dtype=torch.int32, device=device)
-    inside = torch.full(every.shape, torch.inf, device=device)
+    inside = torch.full(every.shape, torch.inf, dtype=torch.float32, device=device)
     inside[bins.long()] = thresholds
     return torch.searchsorted(bins, every).to(torch.uint8), inside
 

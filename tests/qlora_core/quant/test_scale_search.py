@@ -215,6 +215,27 @@ def test_the_largest_float32_is_kept() -> None:
     assert torch.equal(quantized.dequantize(), weight)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "double_quant"),
+    [(torch.float16, False), (torch.float16, True), (torch.bfloat16, False)],  # no sum of bfloat16s
+    ids=str,
+)
+def test_what_was_finite_in_its_dtype_comes_back_finite(
+    dtype: torch.dtype, double_quant: bool
+) -> None:
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        values = torch.randn(70, 64, generator=generator)
+        share = 1 - torch.rand(70, 1, generator=generator) ** 4  # most close to the largest
+        values *= share / values.abs().amax(dim=1, keepdim=True)
+        weight = (values * torch.finfo(dtype).max).to(dtype)
+
+        quantized = quantize_nf4(weight, scale="mse", double_quant=double_quant)
+
+        assert weight.isfinite().all()
+        assert quantized.dequantize().isfinite().all()
+
+
 def test_refuses_what_it_cannot_do() -> None:
     with pytest.raises(ConfigError, match='scale must be "absmax" or "mse", not \'best\''):
         quantize_nf4(normal(64), scale="best")  # pyright: ignore[reportArgumentType]
