@@ -7,6 +7,7 @@ work each of those meetings waits for a core. Here threads meet once, at the end
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,7 @@ def share(parts: Sequence[Part], work: Callable[[Iterator[Part]], None]) -> None
         parts: what to do, of any type.
         work: draws parts from the iterator that it is given until none is left. It is called once
             in each thread, in inference mode, and must give the same results whichever parts it
-            draws.
+            draws. Where no threads can be started, the caller's does it all.
 
     Raises:
         What ``work`` raises. No thread is at work any more when this returns or raises.
@@ -49,15 +50,18 @@ def share(parts: Sequence[Part], work: Callable[[Iterator[Part]], None]) -> None
     count = min(torch.get_num_threads(), len(parts), _MOST)
     # Where torch's threads are not OpenMP's, a thread cannot have a number of its own.
     if count < 2 or not torch.backends.openmp.is_available():
-        with torch.inference_mode():
-            work(iter(parts))
+        _in_inference_mode(work, iter(parts))
         return
 
-    executor = _executor(count)
     shared = iter(parts)
     futures: list[Future[None]] = []
     try:
-        futures += (executor.submit(_in_inference_mode, work, shared) for _ in range(count))
+        # At its end Python starts no threads and takes no more work for them: the caller does it.
+        with contextlib.suppress(RuntimeError):
+            executor = _executor(count)
+            futures += (executor.submit(_in_inference_mode, work, shared) for _ in range(count))
+        if not futures:
+            _in_inference_mode(work, shared)
         wait(futures)
     finally:
         # Also when a signal ends the waiting: the caller may then reuse the memory that parts name.
@@ -75,7 +79,7 @@ def _in_inference_mode(work: Callable[[Iterator[Part]], None], shared: Iterator[
 
 
 def _executor(count: int) -> ThreadPoolExecutor:
-    """Give this process's threads, at least ``count`` of them."""
+    """Give this process's threads, at least ``count`` of them; raises RuntimeError when none can be started."""
     global _pool  # noqa: PLW0603 - a forked child has none of its parent's threads
     if _pool.process != os.getpid():
         _pool = _Pool()
@@ -94,6 +98,7 @@ def _start(count: int) -> ThreadPoolExecutor:
     """
     executor = ThreadPoolExecutor(count, thread_name_prefix="nf4")
     all_started = threading.Barrier(count + 1)
+    failures: list[RuntimeError] = []
 
     def begin() -> None:
         torch.get_num_threads()  # takes up the usual number, which the first operation else would
@@ -102,12 +107,19 @@ def _start(count: int) -> ThreadPoolExecutor:
 
     def begin_all() -> None:
         usual = torch.get_num_threads()
-        for _ in range(count):
-            executor.submit(begin)
-        all_started.wait()
-        torch.set_num_threads(usual)
+        try:
+            for _ in range(count):
+                executor.submit(begin)
+            all_started.wait()
+        except RuntimeError as error:
+            all_started.abort()
+            failures.append(error)
+        finally:
+            torch.set_num_threads(usual)
 
     starter = threading.Thread(target=begin_all, name="nf4-starter")
     starter.start()
     starter.join()
+    if failures:
+        raise failures[0]
     return executor

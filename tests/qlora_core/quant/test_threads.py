@@ -184,3 +184,44 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     )
 
     assert done.returncode == 0, done.stderr
+
+
+def test_the_last_words_of_a_process_can_be_dequantized() -> None:
+    done = run(
+        """
+import atexit, threading, time
+said = []
+
+def late(where):
+    assert weight.dequantize().eq(1).all()
+    said.append(where)
+    if len(said) == 2:
+        print("both were told")
+
+def outlive_the_main_thread():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    late("thread")
+
+atexit.register(late, "exit")
+threading.Thread(target=outlive_the_main_thread).start()
+"""
+        + SETUP
+    )
+
+    assert (done.returncode, done.stdout) == (0, "both were told\n"), done.stderr
+    assert done.stderr == ""
+
+
+def test_a_process_that_first_uses_it_at_its_end_ends() -> None:
+    done = run(
+        """
+import atexit
+import torch
+from qlora_core import quantize_nf4
+atexit.register(lambda: print(quantize_nf4(torch.ones(1500, 1024)).dequantize().sum().item()))
+"""
+    )
+
+    assert (done.returncode, done.stdout) == (0, "1536000.0\n"), done.stderr
+    assert done.stderr == ""
