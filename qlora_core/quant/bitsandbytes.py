@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,6 +52,8 @@ _STORAGE = (
 )
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 _MOST_ELEMENTS = 2**48
+_MOST_DIMENSIONS = 64  # as many as torch has
+_MOST_CHARACTERS = 80  # of a file's value that an error repeats
 # Two tools may compute a level of the dynamic map one unit in the last place apart.
 _ONE_ULP = 2.0**-22
 
@@ -163,6 +166,10 @@ def _take(tensors: Mapping[str, Tensor], key: str) -> Tensor:
     tensor = tensors.get(key)
     if tensor is None:
         raise ModelWeightsInvalid(f"the 4-bit weight lacks the tensor {key}")
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise ModelWeightsInvalid(
+            f"{key} holds no values that can be read: it is {'on meta' if tensor.is_meta else 'sparse'}"
+        )
     return tensor
 
 
@@ -181,20 +188,26 @@ def _read_state(tensor: Tensor, key: str) -> dict[str, Any]:
 def _read_geometry(state: dict[str, Any], key: str) -> tuple[torch.Size, int, torch.dtype]:
     quant_type = state.get("quant_type")
     if quant_type != "nf4":
-        raise ModelUnsupported(f"{key} says quant_type {quant_type!r}; only nf4 can be loaded")
+        raise ModelUnsupported(
+            f"{key} says quant_type {_shown(quant_type)}; only nf4 can be loaded"
+        )
     shape = state.get("shape")
-    if not isinstance(shape, list) or not shape or not all(_is_count(size) for size in shape):
-        raise ModelWeightsInvalid(f"{key} says shape {shape!r}, which no weight has")
-    if math.prod(shape) > _MOST_ELEMENTS:
-        raise ModelWeightsInvalid(f"{key} says shape {shape!r}, which no weight has")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MOST_DIMENSIONS
+        or not all(_is_count(size) for size in shape)
+        or math.prod(shape) > _MOST_ELEMENTS
+    ):
+        raise ModelWeightsInvalid(f"{key} says shape {_shown(shape)}, which no weight has")
     block_size = state.get("blocksize")
     if not _is_count(block_size) or block_size not in BLOCK_SIZES:
         raise ModelUnsupported(
-            f"{key} says blocksize {block_size!r}; it can be {', '.join(map(str, BLOCK_SIZES))}"
+            f"{key} says blocksize {_shown(block_size)}; "
+            f"it can be {', '.join(map(str, BLOCK_SIZES))}"
         )
     dtype = state.get("dtype")
     if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise ModelUnsupported(f"{key} says dtype {dtype!r}; it can be {', '.join(_DTYPES)}")
+        raise ModelUnsupported(f"{key} says dtype {_shown(dtype)}; it can be {', '.join(_DTYPES)}")
     return torch.Size(shape), block_size, _DTYPES[dtype]
 
 
@@ -202,14 +215,26 @@ def _read_offset(state: dict[str, Any], key: str) -> Tensor:
     nested_block_size, nested_dtype = state.get("nested_blocksize"), state.get("nested_dtype")
     if nested_block_size != NESTED_BLOCK_SIZE or nested_dtype != "float32":
         raise ModelUnsupported(
-            f"{key} says nested_blocksize {nested_block_size!r} and nested_dtype {nested_dtype!r}; "
+            f"{key} says nested_blocksize {_shown(nested_block_size)} "
+            f"and nested_dtype {_shown(nested_dtype)}; "
             f"only {NESTED_BLOCK_SIZE} and 'float32' can be loaded"
         )
     value = state.get("nested_offset")
-    offset = torch.tensor(value if isinstance(value, float) else math.nan, dtype=torch.float32)
+    known = isinstance(value, float) or (isinstance(value, int) and abs(value) < _MOST_ELEMENTS)
+    offset = torch.tensor(
+        math.nan if value is True or not known else value, dtype=torch.float32, device="cpu"
+    )
     if not bool(torch.isfinite(offset)):
-        raise ModelWeightsInvalid(f"{key} says nested_offset {value!r}, which is no finite number")
+        raise ModelWeightsInvalid(
+            f"{key} says nested_offset {_shown(value)}, which is no finite number"
+        )
     return offset
+
+
+def _shown(value: object) -> str:
+    """Give a value as an error repeats it: in short, whatever a file holds."""
+    text = reprlib.repr(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}..."
 
 
 def _is_count(value: object) -> bool:

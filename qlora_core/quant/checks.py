@@ -26,21 +26,30 @@ def check_float(dtype: torch.dtype, name: str) -> None:
         raise DtypeError(f"{name} must be float16, bfloat16 or float32, not {dtype}")
 
 
+def check_values(tensor: Tensor, name: str) -> None:
+    """Refuse a tensor that has no plain memory with values in it; raises LayoutError."""
+    if tensor.layout != torch.strided:
+        raise LayoutError(f"{name} must be dense, not {str(tensor.layout).removeprefix('torch.')}")
+    if tensor.is_meta:
+        raise LayoutError(f"{name} is on meta, where tensors hold no values")
+
+
 def check_layout(**tensors: Tensor) -> None:
-    """Refuse non-contiguous tensors and tensors on different devices; raises LayoutError."""
+    """Refuse tensors without values, not contiguous, or on different devices; raises LayoutError."""
     first_name, first = next(iter(tensors.items()))
     for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise LayoutError(f"{name} must be contiguous")
         if tensor.device != first.device:
             raise LayoutError(
                 f"{name} is on {tensor.device}, but {first_name} is on {first.device}"
             )
+        check_values(tensor, name)
+        if not tensor.is_contiguous():
+            raise LayoutError(f"{name} must be contiguous")
 
 
 def check_block_size(block_size: int) -> None:
     """Refuse a block size the format does not have; raises ConfigError."""
-    if block_size not in BLOCK_SIZES:
+    if not isinstance(block_size, int) or block_size not in BLOCK_SIZES:
         raise ConfigError(
             f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, not {block_size}"
         )

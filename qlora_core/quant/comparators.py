@@ -19,6 +19,7 @@ from qlora_core.quant.checks import (
     check_float,
     check_layout,
     check_scales_finite,
+    check_values,
 )
 from qlora_core.quant.codebook import (
     E2M1_LEVELS,
@@ -107,7 +108,7 @@ def quantize_fp4(weight: Tensor, *, block_size: int = 64, name: str = "weight") 
         The quantized weight, on the device of ``weight``: 4.5 bits per parameter at block size 64.
 
     Raises:
-        ConfigError, DtypeError, ShapeError: an argument is not as described.
+        ConfigError, DtypeError, LayoutError, ShapeError: an argument is not as described.
         NonFiniteError: the weight holds NaN or infinity.
 
     Source: bitsandbytes 0.50.2, ``quantize_4bit(quant_type="fp4")``; codes and values are, bit for
@@ -181,6 +182,7 @@ def _quantize_to(
 def _blocks_and_scales(weight: Tensor, block_size: int, name: str) -> tuple[Tensor, Tensor]:
     """Check a weight; give float32 [blocks, block_size], filled up with zeros, and its scales."""
     check_float(weight.dtype, name)
+    check_values(weight, name)
     check_block_size(block_size)
     if weight.numel() == 0:
         raise ShapeError(f"{name} of shape {list(weight.shape)} has no elements")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_core.errors import ConfigError
 from qlora_core.quant import bitsandbytes
+from qlora_core.quant.devices import check_device
 from qlora_core.quant.double_quant import ops as scale_ops
 from qlora_core.quant.nf4 import ops as code_ops
 from qlora_core.quant.scale_search import improve_scales
@@ -94,13 +95,24 @@ class NF4Weight:
         return flat.view(self.shape)
 
     def to(self, device: torch.device | str) -> NF4Weight:
-        """Give the same weight on another device; itself when it is there already."""
+        """Give the same weight on another device; itself when it is there already.
+
+        Raises:
+            ConfigError: ``device`` is none, or not on this machine.
+        """
+        target = check_device(device)
+        packed = self.packed.to(target)
+        others = (self.absmax, self.nested_absmax, self.offset)
+        if packed is self.packed and all(
+            part is None or part.device == packed.device for part in others
+        ):
+            return self
         return replace(
             self,
-            packed=self.packed.to(device),
-            absmax=self.absmax.to(device),
-            nested_absmax=None if self.nested_absmax is None else self.nested_absmax.to(device),
-            offset=None if self.offset is None else self.offset.to(device),
+            packed=packed,
+            absmax=self.absmax.to(target),
+            nested_absmax=None if self.nested_absmax is None else self.nested_absmax.to(target),
+            offset=None if self.offset is None else self.offset.to(target),
         )
 
     def to_bitsandbytes(self, name: str) -> dict[str, Tensor]:
@@ -152,14 +164,15 @@ def quantize_nf4(
         double_quant: whether the scales become 8-bit codes too (4.127 bits per parameter instead
             of 4.5 at block size 64).
         scale: "absmax" gives the format as everybody writes it; "mse" searches for each block the
-            scale with the least squared error, in the same format (`scale_search`).
+            scale with the least squared error, in the same format (`scale_search`). Of the largest
+            float16 numbers, "absmax" with double quantization may come back infinite in float16.
         name: of the tensor, for error messages.
 
     Returns:
         The quantized weight, on the device of ``weight``.
 
     Raises:
-        ConfigError, DtypeError, ShapeError: an argument is not as described.
+        ConfigError, DtypeError, LayoutError, ShapeError: an argument is not as described.
         NonFiniteError: the weight holds NaN or infinity.
 
     Source: QLoRA, arXiv:2305.14314, section 3. The format is described in docs/formats/nf4.md.

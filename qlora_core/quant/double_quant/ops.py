@@ -28,7 +28,7 @@ def quantize_absmax(absmax: Tensor, *, name: str = "absmax") -> tuple[Tensor, Te
 
     Raises:
         DtypeError, LayoutError, ShapeError: ``absmax`` is not as described.
-        NonFiniteError: it holds NaN or infinity, or its mean is beyond float32.
+        NonFiniteError: it holds NaN or infinity, or its sum, which the mean needs, is beyond float32.
 
     Source: QLoRA, arXiv:2305.14314, section 3. Held bit for bit to `reference.quantize_absmax`.
     """
@@ -42,7 +42,7 @@ def quantize_absmax(absmax: Tensor, *, name: str = "absmax") -> tuple[Tensor, Te
     if not bool(torch.isfinite(offset)):
         check_scales_finite(absmax, name)
         raise NonFiniteError(
-            f"the mean of {name} is beyond float32, so that it cannot be doubly quantized; "
+            f"the sum of {name} is beyond float32, so that it cannot be doubly quantized; "
             "double_quant=False takes it"
         )
     return codes, nested_absmax, offset

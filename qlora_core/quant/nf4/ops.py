@@ -17,6 +17,7 @@ from qlora_core.quant.checks import (
     check_float,
     check_layout,
     check_scales_finite,
+    check_values,
 )
 from qlora_core.quant.double_quant.ops import check_nested
 from qlora_core.quant.nf4 import cpu
@@ -40,12 +41,14 @@ def quantize_nf4(
     Raises:
         ConfigError: the block size is not one of the format's.
         DtypeError: the values are not float16, bfloat16 or float32.
+        LayoutError: they are sparse, or on the meta device.
         NonFiniteError: they hold NaN or infinity.
         ShapeError: there are none.
 
     Source: QLoRA, arXiv:2305.14314, section 3. Held bit for bit to `reference.quantize_nf4`.
     """
     check_float(values.dtype, name)
+    check_values(values, name)
     check_block_size(block_size)
     if values.numel() == 0:
         raise ShapeError(f"{name} of shape {list(values.shape)} has no elements")

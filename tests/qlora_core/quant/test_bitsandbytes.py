@@ -284,7 +284,6 @@ def test_a_state_that_cannot_be_read_is_named(text: bytes) -> None:
         ("dtype", "float64", ModelUnsupported),
         ("dtype", ["float32"], ModelUnsupported),
         ("shape", None, ModelWeightsInvalid),
-        ("shape", [], ModelWeightsInvalid),
         ("shape", [160, -130], ModelWeightsInvalid),
         ("shape", [160, "130"], ModelWeightsInvalid),
         ("shape", [10**40, 10**40], ModelWeightsInvalid),
@@ -294,6 +293,8 @@ def test_a_state_that_cannot_be_read_is_named(text: bytes) -> None:
         ("nested_offset", float("nan"), ModelWeightsInvalid),
         ("nested_offset", 1e300, ModelWeightsInvalid),
         ("nested_offset", None, ModelWeightsInvalid),
+        ("nested_offset", True, ModelWeightsInvalid),
+        ("nested_offset", 10**400, ModelWeightsInvalid),
     ],
     ids=str,
 )
@@ -309,3 +310,60 @@ def test_another_shape_of_as_many_elements_is_what_the_state_says() -> None:
     tensors = with_state(tensors_of(), shape=[130, 160])
 
     assert NF4Weight.from_bitsandbytes(tensors, NAME).shape == (130, 160)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_single_number_comes_back(double_quant: bool) -> None:
+    before = quantize_nf4(torch.tensor(0.75), double_quant=double_quant)
+
+    tensors = before.to_bitsandbytes(NAME)
+
+    assert NF4Weight.from_bitsandbytes(tensors, NAME).shape == ()
+    assert NF4Weight.from_bitsandbytes(tensors, NAME).dequantize() == 0.75
+    assert values_of(tensors[NAME], read_by_bitsandbytes(tensors)) == 0.75
+
+
+def test_a_shape_without_dimensions_has_one_element() -> None:
+    refusal(with_state(tensors_of(), shape=[]), names="1 bytes for the shape []")
+
+
+def test_an_offset_may_be_written_as_an_integer() -> None:
+    tensors = with_state(tensors_of(), nested_offset=0)
+
+    weight = NF4Weight.from_bitsandbytes(tensors, NAME)
+
+    assert torch.equal(weight.dequantize(), values_of(tensors[NAME], read_by_bitsandbytes(tensors)))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("quant_type", "x" * 10**6),
+        ("shape", [1] * 10**5 + [0]),
+        ("shape", [[[[["x" * 99] * 99] * 9] * 9] * 9]),
+        ("blocksize", 10**4000),
+        ("dtype", {str(i): "x" for i in range(10**4)}),
+        ("nested_dtype", "\n" * 10**6),
+        ("nested_offset", "1" * 10**6),
+    ],
+    ids=["text", "list", "nested", "digits", "object", "lines", "number-in-text"],
+)
+def test_a_long_value_is_told_in_short(field: str, value: object) -> None:
+    tensors = with_state(tensors_of(), **{field: value})
+
+    with pytest.raises((ModelUnsupported, ModelWeightsInvalid), match=field) as told:
+        NF4Weight.from_bitsandbytes(tensors, NAME)
+
+    assert len(str(told.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    ["", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE[len(NAME) :]],
+)
+def test_a_tensor_without_values_of_its_own_is_named(suffix: str) -> None:
+    key = NAME + suffix
+    tensors = tensors_of()
+
+    for other in (tensors[key].to("meta"), tensors[key].to_sparse()):
+        refusal({**tensors, key: other}, names=f"{key} holds no values that can be read")

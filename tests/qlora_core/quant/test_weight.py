@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from qlora_core import NF4Weight, NonFiniteError, quantize_nf4
+from qlora_core.errors import ConfigError, LayoutError
+from qlora_core.quant import comparators
 from qlora_core.quant.double_quant import reference as double_quant_reference
 from qlora_core.quant.nf4 import reference as nf4_reference
 from qlora_core.quant.workspace import dense
@@ -88,6 +91,55 @@ def test_moves_to_another_device_with_all_its_parts() -> None:
     parts = (moved.packed, moved.absmax, moved.nested_absmax, moved.offset)
     assert [part is not None and part.device.type for part in parts] == ["meta"] * 4
     assert moved.device.type == "meta"
+
+
+def test_a_weight_that_is_there_already_moves_nowhere() -> None:
+    weight = quantize_nf4(matrix(8, 64))
+
+    assert weight.to("cpu") is weight
+    assert weight.to(torch.device("cpu")) is weight
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", torch.device("cuda")], ids=repr)
+def test_a_device_that_is_not_there_is_named(device: torch.device | str) -> None:
+    with pytest.raises(ConfigError, match=r"there is no device cuda(:7)? here"):
+        quantize_nf4(matrix(8, 64)).to(device)
+
+
+def test_what_is_no_device_is_refused() -> None:
+    with pytest.raises(ConfigError, match="'gpu0' is no device"):
+        quantize_nf4(matrix(8, 64)).to("gpu0")
+
+
+@pytest.mark.parametrize("quantize", [quantize_nf4, comparators.quantize_int8])
+def test_a_tensor_without_values_of_its_own_is_refused_by_name(
+    quantize: Callable[..., object],
+) -> None:
+    with pytest.raises(LayoutError, match="q_proj is on meta"):
+        quantize(matrix(8, 64).to("meta"), name="q_proj")
+    with pytest.raises(LayoutError, match="q_proj must be dense, not sparse_coo"):
+        quantize(matrix(8, 64).to_sparse(), name="q_proj")
+
+
+def test_codes_on_the_meta_device_cannot_be_dequantized() -> None:
+    weight = quantize_nf4(matrix(8, 64)).to("meta")
+
+    with pytest.raises(LayoutError, match="packed is on meta"):
+        weight.dequantize()
+    with pytest.raises(LayoutError, match="codes is on meta"):
+        weight.scales()
+
+
+def test_an_out_that_is_sparse_is_refused() -> None:
+    with pytest.raises(LayoutError, match="out must be dense, not sparse_coo"):
+        quantize_nf4(matrix(8, 64)).dequantize(out=matrix(8, 64).to_sparse())
+
+
+@pytest.mark.parametrize("block_size", [64.0, True, "64", None, torch.tensor(64)], ids=repr)
+def test_a_block_size_is_an_integer(block_size: object) -> None:
+    with pytest.raises(ConfigError, match="block_size must be one of 32, 64"):
+        quantize_nf4(matrix(8, 64), block_size=block_size)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_workspace_lends_two_weights_at_once_different_memory() -> None:

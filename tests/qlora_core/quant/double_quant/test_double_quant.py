@@ -125,6 +125,6 @@ def test_dequantizing_refuses_parts_that_do_not_belong_together() -> None:
         ops.dequantize_absmax(codes, nested_absmax, offset.to("meta"))
 
 
-def test_finite_scales_whose_mean_is_beyond_float32_are_refused() -> None:
-    with pytest.raises(NonFiniteError, match=r"mean of scales of x is beyond float32.*=False"):
+def test_finite_scales_whose_sum_is_beyond_float32_are_refused() -> None:
+    with pytest.raises(NonFiniteError, match=r"sum of scales of x is beyond float32.*=False"):
         ops.quantize_absmax(torch.full((4,), 3e38), name="scales of x")
