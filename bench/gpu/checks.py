@@ -38,6 +38,7 @@ def groups(device: str) -> list[Group]:
         Group("checks hard values", partial(_hard_values, device)),
         Group("checks candidates", partial(_candidates, device)),
         Group("checks scales", partial(_scales, device)),
+        Group("checks searched scales", partial(_searched_scales, device)),
         Group("checks beyond 2^31 elements", partial(_beyond_32_bits, device)),
     ]
     if rivals.why_absent(device) is None:
@@ -162,6 +163,52 @@ def _scales(device: str) -> Rows:
         counts = (_differing(a, b) for a, b in zip(got, expected, strict=True))
         rows.append({"n": n} | dict(zip(names, counts, strict=True)))
     return rows
+
+
+def _searched_scales(device: str) -> Rows:
+    """``scale="mse"``: no block's error grows, and the kernel reads what was found as the CPU does.
+
+    Against a CPU's search differences are counted, not judged: sums in another order may prefer
+    another of two scales that are nearly as good.
+    """
+    n = 2**20 + 77 if device == "cuda" else 2 * DEQUANTIZE_NF4.tile + 77
+    rows: Rows = []
+    for dtype in DTYPES:
+        values = _normal(n).to(dtype)
+        for double_quant in (False, True):
+            weight = quantize_nf4(values.to(device), double_quant=double_quant, scale="mse")
+            plain = quantize_nf4(values.to(device), double_quant=double_quant).to("cpu")
+            on_cpu = quantize_nf4(values, double_quant=double_quant, scale="mse")
+            out = torch.full((n,), torch.nan, device=device)
+            launch.launch_dequantize(
+                weight.packed,
+                weight.absmax,
+                weight.nested_absmax,
+                weight.offset,
+                out,
+                block_size=64,
+            )
+            error = _squared_errors(values, out)
+            before = _squared_errors(values, plain.dequantize(torch.float32))
+            rows.append(
+                {
+                    "dtype": str(dtype),
+                    "double_quant": double_quant,
+                    "wrong_values": _differing(out, weight.to("cpu").dequantize(torch.float32)),
+                    # Summed in another order than where it was decided.
+                    "wrong_blocks": int((error > before * (1 + 1e-12)).sum()),
+                    "share_of_error": float(error.sum() / before.sum()),
+                    "differing_codes": _differing(weight.packed, on_cpu.packed),
+                    "differing_scales": _differing(weight.absmax, on_cpu.absmax),
+                }
+            )
+    return rows
+
+
+def _squared_errors(values: Tensor, back: Tensor) -> Tensor:
+    """Sum the squared errors of each block of 64: float64."""
+    squares = (values.double() - back.cpu().double()).square()
+    return torch.stack([block.sum() for block in squares.split(64)])
 
 
 def _beyond_32_bits(device: str) -> Rows:

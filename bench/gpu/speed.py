@@ -27,12 +27,15 @@ def groups(device: str) -> list[Group]:
     """Give the groups of both parts, one for each shape and block size."""
     shapes = SHAPES if device == "cuda" else ((64, 128),)
     sizes = BLOCK_SIZES if device == "cuda" else (64,)
-    return [
+    found = [
         Group(f"{name} {shape[0]}x{shape[1]} block {size}", partial(run, shape, size, device))
         for name, run in (("dequantize", _dequantize), ("quantize", _quantize))
         for shape in shapes
         for size in sizes
     ]
+    rows, columns = shapes[0]
+    searching = partial(_quantize_searching, shapes[0], device)
+    return [*found, Group(f"quantize {rows}x{columns} searching for scales", searching)]
 
 
 def _dequantize(shape: tuple[int, int], block_size: int, device: str) -> Rows:
@@ -96,8 +99,19 @@ def _quantize(shape: tuple[int, int], block_size: int, device: str) -> Rows:
     return _rows(actions, moved, moved, device, rival="bitsandbytes plain, public call")
 
 
+def _quantize_searching(shape: tuple[int, int], device: str) -> Rows:
+    """From bfloat16 with ``scale="mse"``, beside the same without."""
+    values = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    moved = values.nbytes + quantize_nf4(values).nbytes
+    actions: dict[str, Action] = {
+        "ours nested, public call": partial(quantize_nf4, values),
+        "ours nested, searching, public call": partial(quantize_nf4, values, scale="mse"),
+    }
+    return _rows(actions, moved, moved, device)
+
+
 def _rows(
-    actions: dict[str, Action], nested_bytes: int, plain_bytes: int, device: str, *, rival: str
+    actions: dict[str, Action], nested_bytes: int, plain_bytes: int, device: str, *, rival: str = ""
 ) -> Rows:
     """Time everything together with a copy of the same bytes; half are read, half written."""
     source = torch.empty(nested_bytes // 2, dtype=torch.uint8, device=device)

@@ -1,8 +1,11 @@
 """What the GPU bench keeps: every group at once, so that a run that is cut off goes on where it was."""
 
 import json
+import time
 from pathlib import Path
 
+from bench import on_gpu
+from bench.gpu.groups import Group, Rows
 from bench.gpu.results import Results
 
 
@@ -38,3 +41,37 @@ def test_only_counts_of_wrong_things_make_a_group_wrong(tmp_path: Path) -> None:
     results.keep("checks bad", [{"wrong_codes": 0}, {"wrong_values": 2}])
 
     assert results.wrong() == ["checks bad"]
+
+
+def test_a_run_whose_time_is_up_goes_on_with_what_it_has_not_begun(tmp_path: Path) -> None:
+    done: list[str] = []
+
+    def group(name: str, seconds: float = 0.0) -> Group:
+        def run() -> Rows:
+            time.sleep(seconds)
+            done.append(name)
+            return [{"ms": 1.0}]
+
+        return Group(name, run)
+
+    groups = [group("checks short"), group("checks long", 0.2), group("quantize")]
+
+    first = on_gpu._run(groups, _results(tmp_path), time.monotonic() + 0.1)
+    second = on_gpu._run(groups, _results(tmp_path), time.monotonic() + 60)
+
+    assert first == (["quantize"], [])
+    assert second == ([], [])
+    assert done == ["checks short", "checks long", "quantize"]
+
+
+def test_a_group_that_fails_is_named_kept_nowhere_and_costs_no_other(tmp_path: Path) -> None:
+    def fail() -> Rows:
+        raise RuntimeError("no such kernel")
+
+    results = _results(tmp_path)
+    groups = [Group("checks", fail), Group("quantize", lambda: [{"ms": 1.0}])]
+
+    left, failed = on_gpu._run(groups, results, time.monotonic() + 60)
+
+    assert (left, failed) == ([], ["checks"])
+    assert list(_results(tmp_path).groups) == ["quantize"]

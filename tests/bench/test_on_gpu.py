@@ -34,6 +34,10 @@ def test_checks_and_tables_run_through_the_interpreter_and_keep_nothing(tmp_path
     assert set(counted) == {"0"}
     for what in ("tile 4096, 4 warps, gather (launched)", "tile 4096, 4 warps, L1", "bitsandbytes"):
         assert f"what=ours nested, {what}" in result.stdout or f"what={what}" in result.stdout
+    shares = [float(share) for share in re.findall(r"share_of_error=([\d.]+)", result.stdout)]
+    assert len(shares) == 6  # of what scale="mse" leaves, in three dtypes, plain and nested
+    assert all(0.5 < share < 1 for share in shares)
+    assert "what=ours nested, searching, public call" in result.stdout
     assert list(tmp_path.iterdir()) == []
 
 
