@@ -49,9 +49,14 @@ def quantize(
         bool, typer.Option("--double-quant/--no-double-quant", help="Quantize the scales too.")
     ] = True,
     skip_module: Annotated[
-        list[str],
-        typer.Option(help="A layer, or a part of the model, that stays as it is; repeat."),
-    ] = ["lm_head"],  # noqa: B006 - typer only reads it
+        list[str] | None,
+        typer.Option(
+            help="A layer, or a part of the model, that stays as it is besides the output head; repeat."
+        ),
+    ] = None,
+    quantize_head: Annotated[
+        bool, typer.Option("--quantize-head", help="Quantize the output head too.")
+    ] = False,
     scale: Annotated[
         Scale, typer.Option(help="mse searches for the scales with the least squared error.")
     ] = Scale.ABSMAX,
@@ -72,13 +77,14 @@ def quantize(
 
     began = time.monotonic()
     target = _device(device)
-    dtype = refuse_beforehand(model, out, skip_modules=skip_module, overwrite=force)
+    skipped = [*(skip_module or ()), *(() if quantize_head else ("lm_head",))]
+    dtype = refuse_beforehand(model, out, skip_modules=skipped, overwrite=force)
     with byte_bar() as start:
         loaded = load_model(
             model,
             device=target,
             compute_dtype=dtype,
-            skip_modules=skip_module,
+            skip_modules=skipped,
             block_size=block_size,
             double_quant=double_quant,
             scale=scale.value,

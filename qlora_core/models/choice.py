@@ -11,13 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qlora_core.errors import ModelUnsupported
+from qlora_core.errors import ConfigError, ModelUnsupported
 from qlora_core.nn.kept_plain import ROUTER, is_named, paths_kept_plain
+from qlora_core.quoting import quoted
 
 HEAD = "lm_head"
 """Stands for the output head in ``skip_modules``, whatever the architecture calls it."""
@@ -28,6 +30,7 @@ EXPERT_STACKS = frozenset({"gate_up_proj", "up_proj", "down_proj"})
 MOST_ODD_SHARE = 0.02
 """Of all elements, so many may be in parameters of no known kind, which stay dense."""
 
+_NAMES_SHOWN = 4
 # A subclass of nn.Linear whose own forward computes just what nn.Linear's does.
 _PLAIN_LINEARS = frozenset({"Linear", "FalconLinear"})
 _LOOKED_UP_OR_SLID = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # noqa: SLF001
@@ -67,8 +70,10 @@ def choose_layers(model: PreTrainedModel, skip_modules: Sequence[str]) -> Choice
         skip_modules: short names or paths of linear layers that stay dense; `HEAD` stands for the output head.
 
     Raises:
+        ConfigError: ``skip_modules`` is no list of names, or one of them names nothing in the model.
         ModelUnsupported: a part of the model can neither be quantized nor be left dense, or nothing can be quantized.
     """
+    _check_names(model, skip_modules)
     _refuse_shared_layers(model)
     dense = _paths_kept_dense(model, skip_modules)
     linears: set[str] = set()
@@ -116,6 +121,25 @@ def are_known_experts(module: nn.Module) -> bool:
         return False
     stacks = {name for name, one in module.named_parameters(recurse=False) if one.dim() > 2}
     return "down_proj" in stacks and stacks <= EXPERT_STACKS
+
+
+def _check_names(model: PreTrainedModel, names: Sequence[str]) -> None:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"the modules to skip are a list of names, not {quoted(repr(names))}")
+    paths = [path for path, _ in model.named_modules() if path]
+    for name in names:
+        # A head may be tied, or have any name.
+        if name == HEAD or any(is_named(path, (name,)) for path in paths):
+            continue
+        short = {
+            path.rpartition(".")[2] for path in paths if is_plain_linear(model.get_submodule(path))
+        }
+        parts = {part for path in paths for part in path.split(".") if not part.isdecimal()}
+        near = get_close_matches(name, [*parts, *paths], _NAMES_SHOWN)
+        raise ConfigError(
+            f"{quoted(repr(name))} is to be skipped, but a {type(model).__name__} has nothing of that name; it has "
+            f"{', '.join(near or sorted(short)[:_NAMES_SHOWN])}"
+        )
 
 
 def _paths_kept_dense(model: PreTrainedModel, skip_modules: Sequence[str]) -> set[str]:

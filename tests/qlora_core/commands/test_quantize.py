@@ -72,7 +72,7 @@ def test_the_options_arrive(tmp_path: Path, llama: Path) -> None:
         llama,
         tmp_path / "nf4",
         *("--block-size", 128, "--no-double-quant", "--scale", "mse", "--device", "cpu"),
-        *("--skip-module", "down_proj", "--skip-module", "q_proj"),
+        *("--skip-module", "down_proj", "--skip-module", "q_proj", "--quantize-head"),
     )
 
     assert result.exit_code == 0, result.output
@@ -131,9 +131,8 @@ def test_what_the_user_did_wrong_is_one_sentence_and_nothing_is_written(
 
     assert "there is no model folder" in refusal(tmp_path / "nowhere", out)
     assert "block_size must be one of" in refusal(llama, out, "--block-size", 48)
-    assert "no linear layers" in refusal(
-        llama, out, "--skip-module", "model", "--skip-module", "lm_head"
-    )
+    assert "no linear layers" in refusal(llama, out, "--skip-module", "model")
+    assert "it has down_proj" in refusal(llama, out, "--skip-module", "down_prj")
     assert "holds the model" in refusal(llama, llama, "--force")
     if not torch.cuda.is_available():
         assert "no CUDA device" in refusal(llama, out, "--device", "cuda")
@@ -164,13 +163,12 @@ def test_experts_can_be_left_dense(tmp_path: Path) -> None:
         tmp_path / "nf4",
         "--skip-module",
         "experts",
-        "--skip-module",
-        "lm_head",
     )
 
     assert result.exit_code == 0, result.output
     model = load_model(tmp_path / "nf4", device="cpu", compute_dtype=torch.float32)
     assert isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), NF4Linear)
+    assert not isinstance(model.get_submodule("lm_head"), NF4Linear)
 
 
 def test_a_model_that_is_in_nf4_already_is_refused(tmp_path: Path, llama: Path) -> None:
@@ -229,8 +227,7 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path, llama: Path) -> None
             "quantize",
             llama,
             tmp_path / "nf4",
-            "--skip-module",
-            "x",
+            "--quantize-head",
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

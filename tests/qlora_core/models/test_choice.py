@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from qlora_core.errors import ModelUnsupported
+from qlora_core.errors import ConfigError, ModelUnsupported
 from qlora_core.models.choice import choose_layers
 
 
@@ -104,3 +104,36 @@ def test_a_model_with_every_layer_skipped_is_refused() -> None:
 @pytest.mark.parametrize("family", ["gemma3", "recurrent_gemma", "falcon_h1", "gemma3n_text"])
 def test_odd_parameters_that_are_next_to_nothing_may_stay_dense(family: str) -> None:
     assert choose_layers(architecture(family), ("lm_head",)).linears
+
+
+@pytest.mark.parametrize(
+    ("name", "nearby"),
+    [
+        ("mpl", r"it has .*\bmlp\b"),
+        ("self_atn", r"it has .*\bself_attn\b"),
+        ("model.layers.7.mlp", r"it has .*\bmodel\.layers\.0\.mlp\b"),
+        ("layers.*", "has nothing of that name"),
+        ("", "it has down_proj, gate_proj, k_proj, lm_head"),
+    ],
+)
+def test_a_name_to_skip_that_names_nothing_is_refused_with_those_nearby(
+    name: str, nearby: str
+) -> None:
+    model = architecture("llama", num_hidden_layers=1, tie_word_embeddings=False)
+
+    with pytest.raises(ConfigError, match=nearby):
+        choose_layers(model, ("lm_head", name))
+
+
+@pytest.mark.parametrize("names", ["mlp", (3,), "lm_head"], ids=repr)
+def test_names_to_skip_are_a_list_and_never_one_text(names: Any) -> None:
+    model = architecture("llama", num_hidden_layers=1)
+
+    with pytest.raises(ConfigError, match="are a list of names"):
+        choose_layers(model, names)
+
+
+def test_the_head_may_be_skipped_where_none_has_that_name() -> None:
+    model = architecture("whisper", num_hidden_layers=1)
+
+    assert choose_layers(model, ("lm_head",)).linears
