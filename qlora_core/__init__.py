@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         ResumePointError,
         ShapeError,
     )
+    from qlora_core.estimate import Estimate, estimate
     from qlora_core.export import (
         LogitDifference,
         MergeResult,
@@ -63,6 +64,7 @@ _HOMES = {
         "ResumePointError",
         "ShapeError",
     ),
+    "qlora_core.estimate": ("Estimate", "estimate"),
     "qlora_core.quant": ("NF4Weight", "quantize_nf4"),
     "qlora_core.nn": ("LoraConfig", "NF4Linear", "add_lora", "lora_disabled"),
     "qlora_core.models": ("load_model", "save_quantized"),
@@ -97,6 +99,7 @@ __all__ = [
     "DtypeError",
     "EncodedExample",
     "EngineError",
+    "Estimate",
     "LayoutError",
     "LineError",
     "LogitDifference",
@@ -116,6 +119,7 @@ __all__ = [
     "TrainResult",
     "add_lora",
     "check_dataset",
+    "estimate",
     "load_adapter",
     "load_dataset",
     "load_model",

@@ -56,6 +56,18 @@ def test_train_can_be_called_also_when_its_package_was_imported_first() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_estimating_loads_neither_torch_nor_transformers() -> None:
+    done = run(
+        "import sys, qlora_core\n"
+        "from qlora_core import estimate\n"
+        "assert callable(estimate) and callable(qlora_core.estimate)\n"
+        "heavy = {'torch', 'transformers', 'triton', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_lists_of_names_agree() -> None:
     assert sorted(qlora_core._HOME_OF) == sorted(qlora_core.__all__)
 

@@ -1,0 +1,156 @@
+"""The decoder's forward pass, layer by layer, and the passes over it that checkpointing makes.
+
+Stands for transformers' ``<Family>DecoderLayer.forward`` and ``<Family>Model.forward``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_core.estimate.adapter import Adapter
+from qlora_core.estimate.architecture import Architecture, Layer
+from qlora_core.estimate.attention import Project, attend
+from qlora_core.estimate.experts import shared, through_experts
+from qlora_core.estimate.operations import (
+    FLOAT32,
+    activate,
+    add,
+    cast,
+    multiply,
+    norm,
+    scale,
+    split,
+)
+from qlora_core.estimate.products import Products, adapted, frozen
+from qlora_core.estimate.rows import Rows
+from qlora_core.estimate.tape import Gradients, Memory, Node, Tape, Value
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model and how it is run.
+
+    Attributes:
+        model: what it is made of.
+        adapter: what is trained of it.
+        products: how it multiplies.
+        rows: of the forward pass.
+        itemsize: of hidden states.
+        checkpointing: whether layers are computed again on the way back, instead of keeping what they made.
+        on_gpu: which kernels run.
+    """
+
+    model: Architecture
+    adapter: Adapter
+    products: Products
+    rows: Rows
+    itemsize: int
+    checkpointing: bool
+    on_gpu: bool
+
+    def forward(self, tape: Tape) -> Value:
+        """Give the hidden states [tokens, hidden] that the output head takes."""
+        embedded = self._embed(tape)
+        tokens = self.rows.width if self.rows.lengths is None else self.rows.tokens
+        turns = self._turns(tape, tokens)
+        hidden = embedded
+        for index, layer in enumerate(self.model.layers):
+            hidden = self._run_layer(tape, index, layer, hidden, turns)
+        return norm(tape, hidden, self.rows.tokens, self.model.family.norm)
+
+    def _embed(self, tape: Tape) -> Value:
+        elements = self.rows.tokens * self.model.hidden
+        matrix = self.model.vocabulary * self.model.hidden
+        if not self.adapter.embeddings:
+            found = tape.constant(elements, self.itemsize)
+        else:
+
+            def backward(_: Memory) -> Gradients:
+                self.products.trained(tape.memory(matrix * FLOAT32))
+                return []
+
+            memory = tape.memory(elements * FLOAT32)
+            exact = tape.record(memory, elements, FLOAT32, [], backward, trains=True)
+            found = cast(tape, exact, self.itemsize)
+        return scale(tape, found) if self.model.family.scaled_embeddings else found
+
+    def _turns(self, tape: Tape, tokens: int) -> tuple[Memory, Memory]:
+        """Cosine and sine of every position."""
+        size = FLOAT32 if self.model.family.norm in ("late", "plain") else self.itemsize
+        nbytes = tokens * self.model.rotary_dim * size
+        return tape.memory(nbytes), tape.memory(nbytes)
+
+    def _run_layer(
+        self, tape: Tape, index: int, layer: Layer, hidden: Value, turns: tuple[Memory, Memory]
+    ) -> Value:
+        if not self.checkpointing:
+            return self._layer(tape, index, layer, hidden, turns)
+        ledger, elements, itemsize = tape.ledger, hidden.elements, hidden.itemsize
+        found = self._layer(Tape(ledger, recording=False), index, layer, hidden, turns)
+        needs = hidden.node is not None
+
+        def backward(grad: Memory) -> Gradients:
+            again = Tape(ledger)
+            outside = Node((), (), lambda _: ()) if needs else None
+            given = Value(kept[0], elements, itemsize, outside)
+            last = self._layer(again, index, layer, given, turns).node
+            del given
+            return [None if last is None else again.run_backward(last, grad, outside)]
+
+        kept = [hidden.memory]
+        return tape.record(
+            found.memory, elements, itemsize, [hidden], backward, saved=kept, trains=True
+        )
+
+    def _layer(
+        self, tape: Tape, index: int, layer: Layer, hidden: Value, turns: tuple[Memory, Memory]
+    ) -> Value:
+        family, tokens = self.model.family, self.rows.tokens
+        linears = {linear.name: linear for linear in layer.linears}
+
+        def project(name: str, x: Value) -> Value:
+            rank = self.adapter.ranks.get(f"model.layers.{index}.{name}")
+            if rank is None:
+                return frozen(tape, x, linears[name], self.products)
+            return adapted(tape, x, linears[name], rank, self.products)
+
+        def normed(x: Value, *, before: bool) -> Value:
+            if family.norms == ("after" if before else "before"):
+                return x
+            return norm(tape, x, tokens, family.norm)
+
+        residual = hidden
+        hidden = normed(hidden, before=True)
+        hidden = attend(
+            tape, self.model, layer, self.rows, hidden, project, turns, on_gpu=self.on_gpu
+        )
+        hidden = normed(hidden, before=False)
+        hidden = add(tape, residual, scale(tape, hidden) if family.scaled_residual else hidden)
+        residual = hidden
+        hidden = normed(hidden, before=True)
+        hidden = self._feed_forward(tape, layer, hidden, project)
+        hidden = normed(hidden, before=False)
+        return add(tape, residual, scale(tape, hidden) if family.scaled_residual else hidden)
+
+    def _feed_forward(self, tape: Tape, layer: Layer, x: Value, project: Project) -> Value:
+        if layer.experts is None:
+            return _gated(tape, x, project, "mlp", fused=self.model.family.fused)
+        own = None
+        if layer.experts.shared_width:
+            own = _gated(tape, x, project, "mlp.shared_expert", fused=False)
+        mixed = through_experts(tape, x, self.model.hidden, layer.experts, self.products)
+        if own is None:
+            return mixed
+        return shared(tape, mixed, own, project("mlp.shared_expert_gate", x))
+
+
+def _gated(tape: Tape, x: Value, project: Project, path: str, *, fused: bool) -> Value:
+    """``down(act(gate(x)) * up(x))``."""
+    if fused:
+        both = project(f"{path}.gate_up_proj", x)
+        gate, up = split(tape, both, [both.elements // 2, both.elements // 2])
+        return project(f"{path}.down_proj", multiply(tape, up, activate(tape, gate)))
+    product = multiply(
+        tape, activate(tape, project(f"{path}.gate_proj", x)), project(f"{path}.up_proj", x)
+    )
+    return project(f"{path}.down_proj", product)

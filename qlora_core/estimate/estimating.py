@@ -1,0 +1,179 @@
+"""From a config.json and the settings of a run to what it will take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from qlora_core.errors import ConfigError
+from qlora_core.estimate.adapter import Adapter, choose_adapter
+from qlora_core.estimate.architecture import Architecture, describe
+from qlora_core.estimate.devices import CPU_CORE, Figures, figures_of
+from qlora_core.estimate.memory import estimate_memory
+from qlora_core.estimate.operations import FLOAT32
+from qlora_core.estimate.parameters import Storage, count_parameters
+from qlora_core.estimate.reading import ModelConfig, read_model_config
+from qlora_core.estimate.result import Estimate
+from qlora_core.estimate.rows import Rows, largest_rows
+from qlora_core.estimate.settings import HasDict, TrainSettings, check_integer, read_settings
+from qlora_core.estimate.step_time import assumptions, estimate_time
+
+_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+# A generator's state: torch's on a CPU, and on a GPU.
+_RANDOM_STATE_BYTES = 5056
+# Names, shapes and places of a tensor in a safetensors header.
+_HEADER_BYTES = 180
+
+
+def estimate(
+    model_config: ModelConfig,
+    train_config: Mapping[str, Any] | HasDict | None = None,
+    *,
+    device: Literal["cuda", "cpu"] = "cuda",
+    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None,
+    card: str = "H100",
+    cores: int = 1,
+    longest_tokens: int | None = None,
+    mean_tokens: float | None = None,
+    trained_share: float = 1.0,
+    block_size: int = 64,
+    double_quant: bool = True,
+) -> Estimate:
+    """Calculate memory and time of a run; nothing is loaded, and torch is not needed.
+
+    Args:
+        model_config: the fields of the base model's config.json, that file, or a folder with it.
+        train_config: the run's settings: a `TrainConfig`, or a mapping with its names; what is left out has its default.
+        device: where the run is.
+        compute_dtype: of hidden states and of what is not quantized; "bfloat16" on a GPU and "float32" on a CPU if not
+            given.
+        card: for the time on a GPU: one that `qlora_core.estimate.devices` knows.
+        cores: for the time on a CPU.
+        longest_tokens: of the longest example; ``context_length`` if not known.
+        mean_tokens: of an example; ``longest_tokens`` if not known.
+        trained_share: of all tokens, how many carry loss.
+        block_size: elements per scale of a quantized weight.
+        double_quant: whether the scales are 8-bit codes.
+
+    Returns:
+        The estimate. Memory is that of tensors in a step after the first.
+
+    Raises:
+        ModelNotFound: there is no such config.json.
+        ModelUnsupported: it is not JSON, or not of a decoder that is known here.
+        ConfigError: a setting is unknown or has a wrong value.
+        LoraTargetError: a name of the adapter's settings means nothing in this model.
+    """
+    settings = read_settings(train_config)
+    model = describe(*read_model_config(model_config))
+    figures = _figures(device, card, cores)
+    longest, mean = _lengths(settings, longest_tokens, mean_tokens)
+    check_integer("block_size", block_size, 32, 4096)
+    if not 0 < trained_share <= 1:
+        raise ConfigError(f"trained_share must be above 0 and at most 1, not {trained_share!r}")
+    dtype = compute_dtype or ("bfloat16" if device == "cuda" else "float32")
+    if dtype not in _BYTES:
+        raise ConfigError(f"compute_dtype must be one of {', '.join(_BYTES)}, not {dtype!r}")
+    storage = Storage(_BYTES[dtype], block_size, double_quant)
+    product_bytes = storage.dense_bytes if device == "cuda" else FLOAT32
+    adapter = choose_adapter(model, settings.lora)
+    counts = count_parameters(model, adapter, storage)
+    rows = largest_rows(
+        settings,
+        longest_tokens=longest,
+        mean_tokens=mean,
+        trained_share=trained_share,
+        alone_above=model.alone_above,
+    )
+    tokens = max(rows.tokens if rows.lengths else longest, round(settings.batch_size * mean))
+    passes = _passes(settings, rows, tokens, longest)
+    memory = estimate_memory(
+        model,
+        adapter,
+        counts,
+        storage,
+        rows,
+        checkpointing=settings.gradient_checkpointing,
+        dropout=settings.lora.dropout > 0,
+        several_passes=passes > 1,
+        product_bytes=product_bytes,
+        on_gpu=device == "cuda",
+    )
+    step_time = estimate_time(
+        model,
+        adapter,
+        storage,
+        figures,
+        tokens=tokens,
+        mean_tokens=mean,
+        trained=tokens * trained_share,
+        passes=passes,
+        checkpointing=settings.gradient_checkpointing,
+        product_bytes=product_bytes,
+    )
+    return Estimate(
+        tokens_per_step=tokens,
+        largest_pass_tokens=rows.tokens,
+        passes_per_step=passes,
+        parameters=counts,
+        memory=memory,
+        step_time=step_time,
+        adapter_file_bytes=FLOAT32 * adapter.file_elements + _HEADER_BYTES * len(adapter.tensors),
+        resume_point_bytes=_resume_point_bytes(adapter, settings),
+        assumed=(*_assumed(model, longest_tokens, device), assumptions(figures)),
+    )
+
+
+def _figures(device: str, card: str, cores: int) -> Figures:
+    if device == "cuda":
+        return figures_of(card)
+    if device != "cpu":
+        raise ConfigError(f'device must be "cuda" or "cpu", not {device!r}')
+    check_integer("cores", cores, 1, 1024)
+    return Figures(
+        f"{cores} x {CPU_CORE.name}", cores * CPU_CORE.tflops, cores * CPU_CORE.gb_per_s, 0
+    )
+
+
+def _lengths(settings: TrainSettings, longest: int | None, mean: float | None) -> tuple[int, float]:
+    """Give the longest and the mean example, in tokens."""
+    if longest is None:
+        longest = settings.context_length
+    check_integer("longest_tokens", longest, 2, 2**24)
+    # Longer ones are cut.
+    longest = min(longest, settings.context_length)
+    if mean is None:
+        return longest, float(longest)
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not 1 <= mean <= 2**24:
+        raise ConfigError(f"mean_tokens must be a number from 1 to {2**24}, not {mean!r}")
+    return longest, min(float(mean), longest)
+
+
+def _passes(settings: TrainSettings, rows: Rows, tokens: int, longest: int) -> int:
+    """Give the forward passes of a step: what the batch takes in rows as full as the largest."""
+    if rows.lengths is None:
+        return math.ceil(settings.batch_size / rows.count)
+    return math.ceil(tokens / max(rows.tokens, min(longest, settings.micro_batch_tokens)))
+
+
+def _resume_point_bytes(adapter: Adapter, settings: TrainSettings) -> int:
+    """Give the bytes of adapter, moments and, where it is kept, the best adapter."""
+    times = 4 if settings.keeps_best else 3
+    tensors = len(adapter.tensors)
+    steps = FLOAT32 * tensors
+    headers = _HEADER_BYTES * tensors * (times + 1)
+    return FLOAT32 * times * adapter.elements + steps + headers + _RANDOM_STATE_BYTES
+
+
+def _assumed(model: Architecture, longest: int | None, device: str) -> list[str]:
+    said = list(model.assumed)
+    if longest is None:
+        said.append("every example is taken to be as long as context_length")
+    if any(layer.experts for layer in model.layers):
+        said.append("tokens are taken to be spread evenly over the experts")
+    if device == "cuda":
+        said.append(
+            "memory is that of tensors: a CUDA context and the allocator's losses come on top and were never measured"
+        )
+    return said

@@ -1,0 +1,168 @@
+"""Follows a forward and a backward pass as autograd does, with sizes in the place of tensors.
+
+A `Memory` counts while something refers to it, as a tensor's does in torch: operations and layers are written so that
+their variables live as long as those of the code they stand for, and CPython frees what nothing refers to at once.
+So each byte of the peak is that of one named tensor, and no share of anything is guessed.
+
+How torch works, which this follows: a node of the graph keeps what its backward pass needs until that has run; nodes run
+in the reverse order of their making; the gradient of a value that was used twice is added up in new memory.
+Source: PyTorch, ``torch/csrc/autograd/engine.cpp`` and ``input_buffer.cpp``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+class Ledger:
+    """Bytes alive now, and at most so far."""
+
+    def __init__(self) -> None:
+        self.live_bytes = 0
+        self.peak_bytes = 0
+
+
+class Memory:
+    """The memory of one tensor, and of all views of it."""
+
+    __slots__ = ("_ledger", "nbytes")
+
+    def __init__(self, ledger: Ledger, nbytes: int) -> None:
+        self._ledger = ledger
+        self.nbytes = nbytes
+        ledger.live_bytes += nbytes
+        ledger.peak_bytes = max(ledger.peak_bytes, ledger.live_bytes)
+
+    def __del__(self) -> None:
+        self._ledger.live_bytes -= self.nbytes
+
+
+Gradients = Sequence["Memory | None"]
+
+
+class Node:
+    """What one operation left for the backward pass.
+
+    Args:
+        inputs: the nodes of its inputs, None for one without gradient.
+        saved: kept until its backward pass has run.
+        backward: from its result's gradient to those of its inputs, in order.
+    """
+
+    __slots__ = ("backward", "inputs", "saved")
+
+    def __init__(
+        self,
+        inputs: Sequence[Node | None],
+        saved: Sequence[Memory],
+        backward: Callable[[Memory], Gradients],
+    ) -> None:
+        self.inputs: Sequence[Node | None] = inputs
+        self.saved: Sequence[Memory] = saved
+        self.backward: Callable[[Memory], Gradients] | None = backward
+
+
+class Value:
+    """A tensor of a forward pass.
+
+    Attributes:
+        memory: shared with those it is a view of.
+        elements: its own; of a view they may be fewer than the memory holds.
+        itemsize: bytes of one.
+        node: what made it, None where it needs no gradient.
+    """
+
+    __slots__ = ("elements", "itemsize", "memory", "node")
+
+    def __init__(self, memory: Memory, elements: int, itemsize: int, node: Node | None) -> None:
+        self.memory = memory
+        self.elements = elements
+        self.itemsize = itemsize
+        self.node = node
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements."""
+        return self.elements * self.itemsize
+
+
+class Tape:
+    """Makes memory and records what the backward pass will need.
+
+    Args:
+        ledger: counts the memory.
+        recording: False where nothing is kept, as in the first pass over what is computed again later.
+    """
+
+    def __init__(self, ledger: Ledger, *, recording: bool = True) -> None:
+        self.ledger = ledger
+        self._recording = recording
+        self._nodes: list[Node] = []
+
+    def memory(self, nbytes: int) -> Memory:
+        """Allocate."""
+        return Memory(self.ledger, nbytes)
+
+    def constant(self, elements: int, itemsize: int) -> Value:
+        """Make a value without gradient."""
+        return Value(self.memory(elements * itemsize), elements, itemsize, None)
+
+    def record(
+        self,
+        memory: Memory,
+        elements: int,
+        itemsize: int,
+        inputs: Sequence[Value],
+        backward: Callable[[Memory], Gradients],
+        *,
+        saved: Sequence[Memory] = (),
+        trains: bool = False,
+    ) -> Value:
+        """Make an operation's result.
+
+        Args:
+            memory: of the result.
+            elements: of the result.
+            itemsize: of the result.
+            inputs: of the operation.
+            backward: gives a gradient for each of ``inputs``.
+            saved: kept for ``backward``.
+            trains: whether the operation has trained parameters, so that its result always needs a gradient.
+        """
+        nodes = [value.node for value in inputs]
+        if not trains and not any(nodes):
+            return Value(memory, elements, itemsize, None)
+        if not self._recording:
+            return Value(memory, elements, itemsize, Node(nodes, (), backward))
+        node = Node(nodes, saved, backward)
+        self._nodes.append(node)
+        return Value(memory, elements, itemsize, node)
+
+    def run_backward(
+        self, last: Node, gradient: Memory, first: Node | None = None
+    ) -> Memory | None:
+        """Go back from ``last``, freeing what was kept on the way.
+
+        Args:
+            last: the node to begin at.
+            gradient: of its result; the caller should not go on holding it.
+            first: stands for an input from outside, whose gradient is returned.
+        """
+        waiting: dict[Node, Memory] = {last: gradient}
+        del gradient
+        while self._nodes:
+            node = self._nodes.pop()
+            arrived = waiting.pop(node, None)
+            if arrived is None or node.backward is None:
+                continue
+            gradients = list(node.backward(arrived))
+            del arrived
+            node.saved, node.backward = (), None
+            for place, into in enumerate(node.inputs):
+                found, gradients[place] = gradients[place], None
+                if into is None or found is None:
+                    continue
+                before = waiting.pop(into, None)
+                waiting[into] = found if before is None else self.memory(found.nbytes)
+                del before, found
+        return None if first is None else waiting.get(first)
