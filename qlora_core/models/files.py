@@ -7,6 +7,7 @@ they are named in the error and never touched. Needs no torch.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +22,9 @@ from qlora_core.errors import (
     ModelWeightsPickle,
 )
 from qlora_core.models.header import HeaderError, TensorPlace, read_header
+from qlora_core.quoting import quoted
+
+_log = logging.getLogger(__name__)
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -78,7 +82,7 @@ def find_weights(folder: Path) -> WeightFiles:
     for name, shard_name in indexed.items():
         if name not in places or places[name].path.name != shard_name:
             raise ModelWeightsInvalid(
-                f"{_INDEX} says that {shard_name} holds the tensor {name}, but it does not"
+                f"{_INDEX} says that {shard_name} holds the tensor {quoted(name)}, but it does not"
             )
     if not places:
         raise ModelWeightsMissing(f"the weight files of {folder} hold no tensors")
@@ -90,6 +94,8 @@ def find_shards(
 ) -> tuple[list[Path], dict[str, str]]:
     """Give the shards in order, and what the index (if there is one) says about them; opens none of them.
 
+    Where there are both a single file and an index, the file is taken, as transformers does, and the log says so.
+
     `names`: of the files that the model has, where its weights are not in the folder yet; None: what is there.
 
     Raises:
@@ -97,17 +103,24 @@ def find_shards(
     """
     if names is None:
         names = {path.name for path in folder.glob("*") if path.is_file()}
+    if _SINGLE in names:
+        if _INDEX in names:
+            _log.warning(
+                "%s has both %s and %s; the former is read, as transformers does",
+                folder,
+                _SINGLE,
+                _INDEX,
+            )
+        return [folder / _SINGLE], {}
     if _INDEX in names:
         indexed = _read_index(folder / _INDEX)
         shards = [folder / name for name in sorted(set(indexed.values()))]
         for shard in shards:
             if shard.name not in names:
                 raise ModelWeightsMissing(
-                    f"{_INDEX} names the file {shard.name}, but {folder} does not have it"
+                    f"{_INDEX} names the file {quoted(shard.name)}, but {folder} does not have it"
                 )
         return shards, indexed
-    if _SINGLE in names:
-        return [folder / _SINGLE], {}
     pickles = sorted(name for name in names if any(fnmatch(name, p) for p in _PICKLE_PATTERNS))
     if pickles:
         raise ModelWeightsPickle(
@@ -125,10 +138,12 @@ def _read_index(path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         # Only files of this very folder: an index must not lead anywhere else.
         if not isinstance(shard, str) or Path(shard).name != shard or shard in {"", ".", ".."}:
-            raise ModelWeightsInvalid(f"{path.name} gives {name} a file that is no plain name")
+            raise ModelWeightsInvalid(
+                f"{path.name} gives {quoted(name)} a file that is no plain name"
+            )
         if not shard.endswith(".safetensors"):
             raise ModelWeightsPickle(
-                f"{path.name} names {shard}, which is not a safetensors file; "
+                f"{path.name} names {quoted(shard)}, which is not a safetensors file; "
                 "only safetensors files are opened"
             )
     return weight_map

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -78,6 +79,7 @@ class Filling:
         else:
             _check_kind(name, tensor, wanted)
             value = tensor.to(self._device, self._dtype_of(name, wanted), copy=True)
+            _refuse_not_finite(name, value, tensor)
             self._put_dense(name, value)
 
     def put_stack(self, name: str, matrices: Iterable[Tensor], shape: torch.Size) -> None:
@@ -99,6 +101,7 @@ class Filling:
         for part, matrix in zip(value, matrices, strict=True):
             _check_kind(name, matrix, wanted)
             part.copy_(matrix)
+            _refuse_not_finite(name, part, matrix)
         self._put_dense(name, value)
 
     def put_quantized(self, name: str, weight: NF4Weight) -> None:
@@ -118,6 +121,7 @@ class Filling:
         # bitsandbytes keeps the transpose of a Conv1D, which is a linear layer's weight.
         transposed = isinstance(owner, Conv1D)
         self._find(name, weight.shape[::-1] if transposed else weight.shape)
+        self._refuse_too_large(name, weight)
         if self._keep_nf4:
             self._put_linear(module_path, weight.to(self._device))
         else:
@@ -139,9 +143,11 @@ class Filling:
         _refuse_other_than_floats(name, tensor)
         tensor = tensor.to(self._device)
         try:
-            return self._quantize(tensor.T.contiguous() if transposed else tensor, name=name)
+            weight = self._quantize(tensor.T.contiguous() if transposed else tensor, name=name)
         except NonFiniteError as error:
             raise ModelWeightsInvalid(error.message) from error
+        self._refuse_too_large(name, weight)
+        return weight
 
     def _is_quantized_stack(self, name: str) -> bool:
         module_path, _, attribute = name.rpartition(".")
@@ -165,6 +171,11 @@ class Filling:
             owner._buffers[attribute] = value  # noqa: SLF001
         else:
             owner.register_parameter(attribute, nn.Parameter(value, requires_grad=False))
+
+    def _refuse_too_large(self, name: str, weight: NF4Weight) -> None:
+        """Refuse a weight that products in the compute dtype would make infinite."""
+        if not weight.scales().max() <= torch.finfo(self._compute_dtype).max:
+            raise _too_large(name, self._compute_dtype)
 
     def _put_linear(self, module_path: str, weight: NF4Weight) -> None:
         bias: Any = self._model.get_submodule(module_path).bias  # on meta until its turn comes
@@ -194,6 +205,28 @@ def _refuse_other_than_floats(name: str, tensor: Tensor) -> None:
             f"{name} is {tensor.dtype} in the checkpoint; only float16, bfloat16 and float32 "
             "weights can be loaded"
         )
+
+
+def _refuse_not_finite(name: str, value: Tensor, source: Tensor) -> None:
+    """Refuse a dense tensor with NaN or infinity, of its own or by the cast from ``source``."""
+    if _is_finite(value):
+        return
+    if _is_finite(source):
+        raise _too_large(name, value.dtype)
+    raise ModelWeightsInvalid(f"{name} holds NaN or infinity in the checkpoint")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.numel() == 0 or not tensor.is_floating_point():
+        return True
+    # One pass without memory of its own, as fast as a copy; `isfinite` takes forty times as long.
+    return all(math.isfinite(end.item()) for end in torch.aminmax(tensor))
+
+
+def _too_large(name: str, dtype: torch.dtype) -> ModelWeightsInvalid:
+    return ModelWeightsInvalid(
+        f"{name} holds numbers that are too large for {dtype}; take another compute dtype"
+    )
 
 
 def use_nf4_experts(experts: Any) -> None:  # noqa: ANN401 - a family's own module

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_core.quoting import quoted
+
 BITS_OF = {
     "BOOL": 8,
     "U8": 8,
@@ -43,6 +45,8 @@ BITS_OF = {
 
 _LENGTH_BYTES = 8
 _MOST_HEADER_BYTES = 100_000_000  # the format's own limit
+_MOST_NAME_CHARACTERS = 500
+_MOST_DIMENSIONS = 64  # torch's own limit
 
 
 class HeaderError(ValueError):
@@ -86,6 +90,9 @@ def read_header(path: Path) -> dict[str, TensorPlace]:
         text = file.read(length)
     entries = _parse(text)
     entries.pop("__metadata__", None)
+    for name in entries:
+        if quoted(name, _MOST_NAME_CHARACTERS) != name:
+            raise HeaderError(f"its header has a name that cannot be shown, {quoted(name)}")
     places = [_read_entry(path, name, entry, data_start) for name, entry in entries.items()]
     ordered = sorted(places, key=lambda named: (named[1].start, named[1].nbytes))
     _check_gapless([place for _, place in ordered], data_start, file_bytes)
@@ -124,7 +131,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise HeaderError(f"its header names {twice} twice")
+        raise HeaderError(f"its header names {quoted(twice)} twice")
     return found
 
 
@@ -133,7 +140,7 @@ def _read_entry(path: Path, name: str, entry: object, data_start: int) -> tuple[
         raise HeaderError(f"its header does not describe {name}")
     dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS_OF:
-        raise HeaderError(f"{name} has the unknown dtype {dtype!r}")
+        raise HeaderError(f"{name} has the unknown dtype {quoted(dtype)}")
     shape, offsets = _read_counts(shape), _read_counts(offsets)
     if shape is None:
         raise HeaderError(f"{name} has no readable shape")
@@ -149,10 +156,10 @@ def _read_entry(path: Path, name: str, entry: object, data_start: int) -> tuple[
 
 
 def _read_counts(value: object) -> list[int] | None:
-    """Give the list if it is one of whole numbers from zero on."""
-    if not isinstance(value, list):
+    """Give the list if it is one of whole numbers that can be sizes or offsets."""
+    if not isinstance(value, list) or len(value) > _MOST_DIMENSIONS:
         return None
-    fine = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value)
+    fine = all(type(one) is int and 0 <= one < 2**63 for one in value)
     return value if fine else None
 
 

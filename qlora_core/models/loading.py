@@ -19,12 +19,14 @@ from qlora_core.models.choice import choose_layers
 from qlora_core.models.conversion import PlanStep, plan_loading
 from qlora_core.models.files import find_weights, read_config
 from qlora_core.models.filling import Filling
+from qlora_core.models.placement import check_compute_dtype, find_device
 from qlora_core.models.prequantized import group_tensors, refuse_other_formats
 from qlora_core.models.reading import TensorReader
 from qlora_core.models.saving import refuse_save_pretrained
 from qlora_core.models.single_experts import find_single_experts
 from qlora_core.models.skeleton import build_skeleton, first_line
 from qlora_core.quant import NF4Weight, quantize_nf4
+from qlora_core.quoting import quoted
 
 _NAMES_SHOWN = 5
 
@@ -67,12 +69,38 @@ def load_model(
         ModelNotFound: the folder or its config.json is not there.
         ModelWeightsMissing: there are no weights, or tensors the architecture needs are absent.
         ModelWeightsPickle: the weights are only there as pickle files.
-        ModelWeightsInvalid: a file is truncated, or a tensor has a wrong shape, is not finite, or
-            has no place in the architecture.
+        ModelWeightsInvalid: a file is truncated, or a tensor has a wrong shape, is not finite, is too large for
+            ``compute_dtype``, or has no place in the architecture.
         ModelUnsupported: transformers has no such causal language model, its weights cannot be
             quantized, or are quantized already in another way.
+        ConfigError: another argument is not as described, or the device is not there.
     """
-    folder, device = Path(path), torch.device(device)
+    found = find_device(device)
+    check_compute_dtype(compute_dtype)
+    quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant, scale=scale)
+    # The model is the same wherever this is called: trainable, and where it was asked for.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _load(
+            Path(path),
+            found,
+            compute_dtype,
+            skip_modules,
+            quantizer,
+            on_progress,
+            quantize=quantize,
+        )
+
+
+def _load(
+    folder: Path,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    skip_modules: Sequence[str],
+    quantizer: Callable[..., NF4Weight],
+    on_progress: Callable[[int, int], None] | None,
+    *,
+    quantize: bool,
+) -> PreTrainedModel:
     declared = refuse_other_formats(folder, read_config(folder))
     model = build_skeleton(folder, compute_dtype)
     files = find_weights(folder)
@@ -82,7 +110,6 @@ def load_model(
             f"config.json of {folder} says that its weights are quantized, but none of them is"
         )
     choice = choose_layers(model, skip_modules) if quantize and not in_nf4 else None
-    quantizer = partial(quantize_nf4, block_size=block_size, double_quant=double_quant, scale=scale)
     fill = Filling(model, device, compute_dtype, choice, quantizer, keep_nf4=quantize)
     beside = {key for keys in in_nf4.values() for key in keys[1:]}
     steps, unexpected = plan_loading(model, files.places.keys() - beside)
@@ -176,5 +203,5 @@ def _read_generation_config(folder: Path) -> GenerationConfig:
 
 def _some(names: Iterable[str]) -> str:
     names = list(names)
-    shown = ", ".join(names[:_NAMES_SHOWN])
+    shown = ", ".join(quoted(name) for name in names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown}, …"

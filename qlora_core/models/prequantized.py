@@ -12,6 +12,7 @@ from typing import Any
 
 from qlora_core.errors import ModelUnsupported, ModelWeightsInvalid
 from qlora_core.quant.bitsandbytes import FP4_STATE_SUFFIX, STATE_SUFFIX, SUFFIXES
+from qlora_core.quoting import quoted
 
 _START_ANEW = (
     "start from its 16- or 32-bit weights, or from a checkpoint in bitsandbytes' NF4 (load_in_4bit)"
@@ -34,7 +35,7 @@ def refuse_other_formats(folder: Path, config: dict[str, Any]) -> bool:
     method = settings.get("quant_method", "bitsandbytes")
     if method != "bitsandbytes":
         raise ModelUnsupported(
-            f"the model in {folder} is quantized already, by the method {method!r}; {_START_ANEW}"
+            f"the model in {folder} is quantized already, by the method '{quoted(method)}'; {_START_ANEW}"
         )
     if settings.get("load_in_8bit") or settings.get("_load_in_8bit"):
         raise ModelUnsupported(
@@ -46,7 +47,7 @@ def refuse_other_formats(folder: Path, config: dict[str, Any]) -> bool:
     quant_type = settings.get("bnb_4bit_quant_type", "fp4")
     if quant_type != "nf4":
         raise ModelUnsupported(
-            f"the model in {folder} is quantized already, to {quant_type} (bnb_4bit_quant_type); "
+            f"the model in {folder} is quantized already, to {quoted(quant_type)} (bnb_4bit_quant_type); "
             f"{_START_ANEW}"
         )
     return True

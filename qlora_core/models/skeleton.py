@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from qlora_core.errors import ModelUnsupported
 from qlora_core.models.files import read_config
+from qlora_core.quoting import quoted
 
 # transformers' own mark of what its initialization is not to touch.
 _LEAVE_ALONE = "_is_hf_initialized"
@@ -37,7 +38,7 @@ def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
         ModelUnsupported: the installed transformers has no causal language model for it,
             or it needs code from the folder.
     """
-    model_type = read_config(folder).get("model_type", "unknown")
+    model_type = quoted(read_config(folder).get("model_type", "unknown"))
     config = _read_architecture(folder, model_type)
     # How the weights are stored is the loader's affair; the architecture is the same.
     if hasattr(config, "quantization_config"):
@@ -77,7 +78,7 @@ def _read_architecture(folder: Path, model_type: str) -> PreTrainedConfig:
 
 def first_line(error: Exception) -> str:
     """Give the first line of what transformers said; the rest lists what it supports."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    return quoted(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def _compute_buffers_again(model: PreTrainedModel) -> None:

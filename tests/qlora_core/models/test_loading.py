@@ -10,7 +10,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from qlora_core import NF4Linear, load_model, quantize_nf4, save_quantized
+from qlora_core import (
+    LoraConfig,
+    NF4Linear,
+    add_lora,
+    load_model,
+    quantize_nf4,
+    save_quantized,
+)
 from tests.qlora_core.models.families import save_tiny
 from tests.tiny_models import save_tiny_gemma2, save_tiny_llama, save_tiny_qwen2
 
@@ -214,6 +221,47 @@ def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
     load(folder)
 
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_loaded_in_inference_mode_a_model_is_trained_outside_of_it(tmp_path: Path) -> None:
+    folder = save_tiny_qwen2(tmp_path)  # with biases and a tied head
+    with torch.inference_mode():
+        model = load(folder)
+
+    add_lora(model, LoraConfig(r=4))
+    model(IDS, labels=IDS).loss.backward()
+
+    assert not any(one.is_inference() for one in [*model.parameters(), *model.buffers()])
+    trained = [one for one in model.parameters() if one.requires_grad]
+    assert trained
+    assert all(one.grad is not None for one in trained)
+
+
+@pytest.mark.parametrize("name", ["meta", "cpu"])
+def test_torchs_default_device_is_not_asked(tmp_path: Path, name: str) -> None:
+    folder = save_tiny_llama(tmp_path)
+    expected = load(folder)(IDS).logits
+
+    with torch.device(name):
+        model = load(folder)
+
+    assert {one.device.type for one in [*model.parameters(), *model.buffers()]} == {"cpu"}
+    assert torch.equal(model(IDS).logits, expected)
+
+
+def test_torchs_default_dtype_is_not_asked(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path)
+    expected = load(folder)
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = load(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+    wanted = {name: one.dtype for name, one in expected.named_buffers()}
+    assert {name: one.dtype for name, one in model.named_buffers()} == wanted
+    assert torch.equal(model(IDS).logits, expected(IDS).logits)
 
 
 def test_the_folders_generation_settings_are_used(tmp_path: Path) -> None:

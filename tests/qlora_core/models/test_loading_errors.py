@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_core import ModelError, load_model
+from qlora_core.errors import ConfigError
 from tests.tiny_models import save_tiny_llama
 
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -29,8 +30,9 @@ def sharded(tmp_path: Path) -> Path:
 
 def refusal(folder: Path, **settings: Any) -> ModelError:
     with pytest.raises(ModelError) as told:
-        load_model(folder, device="cpu", compute_dtype=torch.float32, **settings)
+        load_model(folder, **{"device": "cpu", "compute_dtype": torch.float32, **settings})
     assert "\n" not in told.value.message
+    assert len(told.value.message) < 1000
     return told.value
 
 
@@ -372,14 +374,44 @@ def test_a_transposed_tensor_is_not_taken_for_the_right_one(folder: Path) -> Non
     assert refusal(folder).code == "model_weights_invalid"
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_a_tensor_that_is_not_finite(folder: Path, bad: float) -> None:
-    edit_weights(folder, lambda tensors: tensors[WEIGHT][3].fill_(bad))
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(
+    "name", [WEIGHT, "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_a_tensor_that_is_not_finite(folder: Path, name: str, bad: float) -> None:
+    edit_weights(folder, lambda tensors: tensors[name].view(-1)[37].fill_(bad))
 
     error = refusal(folder)
 
     assert error.code == "model_weights_invalid"
+    assert f"{name} holds NaN or infinity" in error.message
+
+
+@pytest.mark.parametrize("settings", [{"quantize": False}, {"skip_modules": ("up_proj",)}], ids=str)
+def test_a_linear_layer_that_stays_dense_and_is_not_finite(
+    folder: Path, settings: dict[str, Any]
+) -> None:
+    edit_weights(folder, lambda tensors: tensors[WEIGHT][3].fill_(torch.nan))
+
+    error = refusal(folder, **settings)
+
+    assert error.code == "model_weights_invalid"
     assert f"{WEIGHT} holds NaN or infinity" in error.message
+
+
+@pytest.mark.parametrize(
+    ("compute_dtype", "value"), [(torch.float16, 66_000.0), (torch.bfloat16, 3.4e38)], ids=str
+)
+@pytest.mark.parametrize("name", [WEIGHT, "model.norm.weight"])
+def test_a_tensor_that_the_compute_dtype_cannot_hold(
+    folder: Path, name: str, compute_dtype: torch.dtype, value: float
+) -> None:
+    edit_weights(folder, lambda tensors: tensors[name].view(-1)[37].fill_(value))
+
+    error = refusal(folder, compute_dtype=compute_dtype)
+
+    assert error.code == "model_weights_invalid"
+    assert f"{name} holds numbers that are too large for {compute_dtype}" in error.message
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn], ids=str)
@@ -390,6 +422,88 @@ def test_a_tensor_of_a_dtype_that_is_no_weights(folder: Path, dtype: torch.dtype
 
     assert error.code == "model_unsupported"
     assert f"{WEIGHT} is {dtype}" in error.message
+
+
+LONG = "x" * 100_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model_type": LONG},
+        {"hidden_act": LONG},
+        {"hidden_size": LONG},
+        {"quantization_config": {"quant_method": LONG}},
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": LONG}},
+        {"quantization_config": LONG},
+    ],
+    ids=[
+        "model_type",
+        "hidden_act",
+        "hidden_size",
+        "quant_method",
+        "quant_type",
+        "quantization_config",
+    ],
+)
+def test_a_long_value_in_the_config_does_not_make_a_long_message(
+    folder: Path, changes: dict[str, Any]
+) -> None:
+    edit_json(folder / "config.json", **changes)
+
+    assert refusal(folder).code == "model_unsupported"
+
+
+@pytest.mark.parametrize("name", [LONG, "two\nlines", "\x1b[31mred", ""], ids=lambda name: name[:9])
+def test_a_tensors_name_that_no_message_can_show(folder: Path, name: str) -> None:
+    edit_weights(folder, lambda tensors: tensors.update({name: torch.ones(3)}))
+
+    error = refusal(folder)
+
+    assert error.code == "model_weights_invalid"
+    assert "\x1b" not in error.message
+
+
+@pytest.mark.parametrize("shard", [LONG, f"{LONG}.safetensors", "two\nlines.safetensors"], ids=len)
+def test_a_shards_name_that_no_message_can_show(sharded: Path, shard: str) -> None:
+    edit_json(sharded / "model.safetensors.index.json", weight_map={WEIGHT: shard})
+
+    assert refusal(sharded).code in {"model_weights_missing", "model_weights_pickle"}
+
+
+def test_an_indexs_name_that_no_message_can_show(sharded: Path) -> None:
+    shard = sorted(sharded.glob("*.safetensors"))[0].name
+    edit_json(sharded / "model.safetensors.index.json", weight_map={f"{LONG}\n": shard})
+
+    assert refusal(sharded).code == "model_weights_invalid"
+
+
+@pytest.mark.parametrize("value", ["float32", None, torch.float64, torch.int8, "auto"], ids=str)
+def test_a_compute_dtype_that_there_is_not(folder: Path, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"compute_dtype must be torch\.float16, .* not "):
+        load_model(folder, device="cpu", compute_dtype=value)
+
+
+@pytest.mark.parametrize(
+    "value", ["meta", "mps", "gpu", "", None, 1.5, LONG], ids=lambda v: f"{v}"[:9]
+)
+def test_a_device_that_there_is_not(folder: Path, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"device must be cpu or cuda, not ") as told:
+        load_model(folder, device=value, compute_dtype=torch.float32)
+
+    assert len(told.value.message) < 300
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="no GPU"):
+        load_model(folder, device="cuda", compute_dtype=torch.float32)
+
+
+@pytest.mark.gpu
+def test_a_gpu_beyond_those_there_are(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="device is cuda:99, but there "):
+        load_model(folder, device="cuda:99", compute_dtype=torch.float32)
 
 
 def test_a_generation_config_that_cannot_be_read(folder: Path) -> None:
