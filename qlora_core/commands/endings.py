@@ -31,7 +31,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except EngineError as error:
             _end(error.message)
         except OSError as error:
-            _end(f"{error.filename or 'a file'}: {error.strerror or error}")
+            # Of two files the second is the one to be written.
+            where = error.filename2 or error.filename or "a file"
+            _end(f"{where}: {error.strerror or error}")
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

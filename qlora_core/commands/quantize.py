@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qlora_core.commands.endings import guarded
 from qlora_core.commands.progress import byte_bar
@@ -73,6 +74,7 @@ def quantize(
 
     from qlora_core.models import load_model, save_quantized
     from qlora_core.models.census import take_census
+    from qlora_core.models.files import find_weights
     from qlora_core.models.readable import refuse_beforehand
 
     began = time.monotonic()
@@ -93,7 +95,7 @@ def quantize(
         written = save_quantized(
             loaded, out, source=model, overwrite=force, on_progress=start("writing")
         )
-    before, after = (_weight_bytes(paths) for paths in (model.iterdir(), written))
+    before, after = find_weights(model).total_bytes, _weight_bytes(written)
     on_gpu = torch.cuda.max_memory_allocated(target) if target.type == "cuda" else None
     _print_summary(
         out, take_census(loaded), before, after, seconds=time.monotonic() - began, on_gpu=on_gpu
@@ -116,7 +118,7 @@ def _weight_bytes(paths: Iterable[Path]) -> int:
 def _print_summary(
     out: Path, census: Census, before: int, after: int, *, seconds: float, on_gpu: int | None
 ) -> None:
-    table = Table(title=str(out), show_header=False, title_justify="left")
+    table = Table(title=Text(str(out)), show_header=False, title_justify="left")
     table.add_row("parameters", _count(census.parameters))
     table.add_row("  in NF4", f"{_count(census.quantized)} at {census.quantized_bits:.3f} bits")
     table.add_row("  embeddings and head", _count(census.embeddings))

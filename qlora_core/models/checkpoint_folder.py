@@ -134,8 +134,11 @@ def written_whole(folder: Path) -> Iterator[Path]:
         for path in [*unfinished.rglob("*"), unfinished]:
             _flush(path)
         _put_in_place(unfinished, target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        # A full disk does not say what could not be written to it.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(folder)
         raise
 
 

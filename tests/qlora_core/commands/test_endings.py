@@ -13,6 +13,7 @@ from qlora_core.errors import ConfigError
     [
         (ConfigError("block_size is wrong"), "block_size is wrong"),
         (OSError(28, "No space left on device", "weights"), "weights: No space left on device"),
+        (OSError(28, "No space left on device", "from", None, "to"), "to: No space left on device"),
         (OSError("odd"), "a file: odd"),
         (MemoryError(), "too little memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from shutil import copyfile
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_the_table_says_what_it_cost_and_what_it_gained(tmp_path: Path, llama: P
     assert f"{before:,.1f} MiB before" in out
     for row in ("parameters", "bits per parameter", "time", "peak memory"):
         assert row in out
+
+
+def test_the_folders_name_is_shown_as_it_is_and_other_files_are_not_counted(
+    tmp_path: Path, llama: Path
+) -> None:
+    before = (llama / "model.safetensors").stat().st_size / 2**20
+    copyfile(llama / "model.safetensors", llama / "consolidated.safetensors")
+
+    out = run(llama, tmp_path / "[red]nf4[/red]").stdout
+
+    assert "[red]nf4[/red]" in out.replace("\n", "")
+    assert f"{before:,.1f} MiB before" in out
 
 
 def test_the_options_arrive(tmp_path: Path, llama: Path) -> None:

@@ -101,6 +101,16 @@ def test_what_a_cut_off_removal_left_goes_with_the_next_one(old: Path) -> None:
     assert list(old.parent.iterdir()) == [old]
 
 
+def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*nf4"),
+        written_whole(tmp_path / "nf4"),
+    ):
+        Path("/dev/full").write_text("more than there is room for")
+
+    assert list(tmp_path.iterdir()) == []
+
+
 def refusal(folder: Path | str, source: Path | None = None) -> str:
     with pytest.raises(ConfigError) as told:
         refuse_target(Path(folder), source, overwrite=True)
