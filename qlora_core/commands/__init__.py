@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import typer
 
+from qlora_core.commands.generate import generate
+from qlora_core.commands.merge import merge
 from qlora_core.commands.quantize import quantize
 from qlora_core.commands.train import train
 
@@ -26,6 +28,8 @@ def _several() -> None:
 
 
 app.command()(train)
+app.command()(generate)
+app.command()(merge)
 app.command()(quantize)
 
 

@@ -1,18 +1,18 @@
-"""Greedy answers to sample prompts, so that a person can see what training changed."""
+"""Answers to prompts, token by token: the likeliest ones, so that a person can see what training changed, or drawn ones."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_core.text import TextEncoder
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     encoder: TextEncoder,
@@ -20,15 +20,31 @@ def generate(
     *,
     max_new_tokens: int = 128,
 ) -> list[int]:
-    """Continue a prompt with the likeliest token each time.
+    """Continue a prompt with the likeliest token each time; all of `continue_prompt`'s ids at once."""
+    return list(continue_prompt(model, encoder, prompt_ids, max_new_tokens=max_new_tokens))
+
+
+@torch.no_grad()
+def continue_prompt(
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Continue a prompt token by token.
 
     Args:
-        model: in any mode; left in the one it was in.
+        model: in any mode; put into the one it was in when the iterator ends or is closed.
         encoder: knows the stop tokens and the context length.
         prompt_ids: at least one id.
         max_new_tokens: at most this many; fewer where the context ends.
+        temperature: 0 for the likeliest token each time; else logits are divided by it and a token is drawn.
+        seed: of what is drawn.
 
-    Returns:
+    Yields:
         The new ids, without the stop token.
     """
     was_training = model.training
@@ -40,18 +56,30 @@ def generate(
     # Only the last place's logits are wanted; a few families cannot be asked for just these.
     last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
-    answer: list[int] = []
+    generator = torch.Generator().manual_seed(seed)
     cache: Any = None
-    while len(answer) < room:
-        output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
-        cache = output.past_key_values
-        token = int(output.logits[0, -1].argmax())
-        if token in encoder.stop_ids:
-            break
-        answer.append(token)
-        input_ids = torch.tensor([[token]], device=model.device)
-    model.train(was_training)
-    return answer
+    try:
+        for _ in range(room):
+            output = model(input_ids=input_ids, past_key_values=cache, use_cache=True, **options)
+            cache = output.past_key_values
+            token = choose_token(output.logits[0, -1], temperature, generator)
+            if token in encoder.stop_ids:
+                break
+            yield token
+            input_ids = torch.tensor([[token]], device=model.device)
+    finally:
+        model.train(was_training)
+
+
+def choose_token(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
+    """Choose the next token from logits [vocabulary]: the likeliest at temperature 0, else one drawn from their softmax.
+
+    Drawn on the CPU, so that a seed means the same on every device.
+    """
+    if temperature == 0:
+        return int(logits.argmax())
+    shares = (logits.double() / temperature).softmax(-1).cpu()
+    return int(torch.multinomial(shares, 1, generator=generator))
 
 
 def answer_samples(
