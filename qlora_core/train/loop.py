@@ -94,6 +94,9 @@ def train(
         base_model_name_or_path: written into the adapter's config; where the model was loaded from
             if not given.
 
+    Returns:
+        How it ended, with the offered adapter's folder; the model keeps that adapter.
+
     Raises:
         AdapterError: ``adapter`` is not one that fits the model and ``config.lora``.
         ConfigError: the model has adapters already, a LoRA target is not there, or a setting needs a
