@@ -141,7 +141,13 @@ MASKS = {
     ],
     # No stop token in the template at all.
     ("plain", "one turn"): ["The engine, the server and the client.\n\n</s>"],
+    # It opens no turn for the assistant, so the model has to.
+    ("turns_only_at_the_end", "one turn"): ["assistant=The engine, the server and the client.;</s>"],
 }  # fmt: skip
+
+
+def test_every_template_has_a_mask_that_is_written_out_or_held_to_transformers() -> None:
+    assert {family for family, _ in MASKS} | set(TAGGED) == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("family", "name"), MASKS)

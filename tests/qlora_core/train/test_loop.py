@@ -362,6 +362,19 @@ def test_the_saved_adapter_answers_as_the_trained_model(
     assert len(lora_modules(again)) == 14
 
 
+def test_the_adapter_comes_with_the_template_and_the_stop_tokens_it_was_trained_with(
+    load: Load, encoder: TextEncoder, config: MakeConfig, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "Question?"}]
+
+    train(load(), encoder, make_dataset(4), config(), lambda _: None, output_dir=tmp_path)
+
+    for folder in (tmp_path / "adapter", *(tmp_path / "checkpoints").iterdir()):
+        beside = TextEncoder.from_folder(folder)
+        assert beside.encode_prompt(messages) == encoder.encode_prompt(messages)
+        assert (beside.stop_ids, beside.bos_id) == (encoder.stop_ids, encoder.bos_id)
+
+
 # peft 0.21 asks transformers 5.23 by an old name.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is:FutureWarning")
 def test_the_trained_gradient_is_pefts(

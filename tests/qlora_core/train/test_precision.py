@@ -61,3 +61,28 @@ def test_a_16_bit_model_trains_a_float32_adapter(
     assert all(0 < float(step) <= 1.1e-5 for step in moved)
     losses = [event.train_loss for event in events if isinstance(event, StepMetrics)]
     assert all(loss is not None and loss > 0 for loss in losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_is_frozen_stays_in_16_bits(
+    dtype: torch.dtype,
+    base: Path,
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    """Embeddings, head and norms in float32 cost 2 of the 8 GB of an 8B model (peft #816, bitsandbytes #1569)."""
+    model = load_model(base, device="cpu", compute_dtype=dtype)
+    events: list[Event] = []
+    frozen = {name: p.data_ptr() for name, p in model.named_parameters()}
+
+    train(model, encoder, make_dataset(8), config(n_epochs=1), events.append, output_dir=tmp_path)
+
+    after = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} <= after.keys()
+    assert {name: p.data_ptr() for name, p in after.items()} == frozen
+    assert {p.dtype for p in after.values()} == {dtype}
+    losses = [event.train_loss for event in events if isinstance(event, StepMetrics)]
+    assert len(losses) == 2
+    assert all(loss is not None for loss in losses)
