@@ -14,9 +14,7 @@ def main() -> int:
     for other_triton in (False, True):
         for arch in ARCHITECTURES:
             began = time.monotonic()
-            rows = compile_rows(
-                "all", (arch,), other_triton=other_triton, processes=os.cpu_count() or 1
-            )
+            rows = compile_rows(arch, other_triton=other_triton, processes=os.cpu_count() or 1)
             found += [each for row in rows for each in complaints(row)]
             seconds = time.monotonic() - began
             sys.stdout.write(f"\nsm_{arch}, triton {rows[0].triton} ({seconds:.0f} s)\n")

@@ -1,16 +1,14 @@
-"""Compiles a share of the manifest for some architectures and prints what each entry became as JSON.
+"""Compiles a share of the manifest for one architecture and prints what each entry became as JSON.
 
 A process of its own, started by `gate` without TRITON_INTERPRET and with the Triton that is asked
-for: ``compiling.py everyday|all SHARE SHARES 80 90 …``.
+for: ``compiling.py SHARE SHARES 90``.
 """
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -18,10 +16,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from tests.qlora_core.aot.disassembly import instructions_of, registers_of
 from tests.qlora_core.aot.entries import Entry, elements_per_thread, manifest
 from tests.qlora_core.aot.narrowing import narrow_offsets
-
-_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def compile_one(entry: Entry, arch: int) -> Any:
@@ -37,30 +34,14 @@ def compile_one(entry: Entry, arch: int) -> Any:
     return compile_kernel(source, target=target, options=entry.launch.options)
 
 
-def instructions_of(cubin: bytes) -> list[str]:
-    """Give the names of a cubin's machine instructions in their order, padding left out."""
-    told = _dump("-sass", cubin)
-    line = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
-    return [name for name in line.findall(told) if name != "NOP"]
+def measure(entries: Sequence[Entry], arch: int) -> list[dict[str, Any]]:
+    """Compile entries for one architecture and say what they became; `gate.Row` has the fields."""
+    compiled = [compile_one(entry, arch) for entry in entries]
+    instructions = instructions_of([each.asm["cubin"] for each in compiled], arch)
+    return [_row(*each, arch) for each in zip(entries, compiled, instructions, strict=True)]
 
 
-def registers_of(cubin: bytes) -> int:
-    """Give how many registers a thread of a cubin's kernel has."""
-    return int(re.findall(r"\bREG:(\d+)", _dump("-res-usage", cubin))[0])
-
-
-def _dump(option: str, cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [_TOOLS / "cuobjdump", option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def measure(entry: Entry, arch: int) -> dict[str, Any]:
-    """Compile one entry for one architecture and say what it became; `gate.Row` has the fields."""
-    compiled = compile_one(entry, arch)
-    names = instructions_of(compiled.asm["cubin"])
+def _row(entry: Entry, compiled: Any, names: list[str], arch: int) -> dict[str, Any]:
     fused = len(re.findall(r"\bfma\.", compiled.asm["ptx"]))
     return {
         "label": entry.label,
@@ -86,16 +67,10 @@ def measure(entry: Entry, arch: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print one line of JSON per entry and architecture of this process's share."""
-    which, share, shares, *archs = sys.argv[1:]
-    pairs = [
-        (entry, int(arch))
-        for entry in manifest()
-        if which == "all" or entry.everyday
-        for arch in archs
-    ]
-    for entry, arch in pairs[int(share) :: int(shares)]:
-        sys.stdout.write(json.dumps(measure(entry, arch)) + "\n")
+    """Print a line of JSON for each entry of this process's share."""
+    share, shares, arch = map(int, sys.argv[1:])
+    for row in measure(manifest()[share::shares], arch):
+        sys.stdout.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,6 @@ from qlora_core.quant.launches import (
 from qlora_core.quant.nf4 import kernels as nf4
 
 FLOATS = ("bf16", "fp16", "fp32")
-# Of the eight block sizes, what `make test` compiles: both ends, and the one to train with.
-EVERYDAY = (32, 64, 4096)
 # In which the GPU bench times candidates.
 BENCHED = (64, 128, 4096)
 
@@ -39,7 +37,6 @@ class Entry:
         types: of its arguments that are no constants, as Triton spells them.
         constants: its `tl.constexpr` arguments.
         launch: how it is launched.
-        everyday: whether `make test` compiles it, too.
         unaligned: tensors that do not begin at a multiple of 16 bytes, as newly allocated ones do.
         whole_weight: whether program ids reach as far as a weight does, so that what is computed
             from them must have 64 bits.
@@ -54,7 +51,6 @@ class Entry:
     types: dict[str, str]
     constants: dict[str, Any]
     launch: Launch
-    everyday: bool
     unaligned: tuple[str, ...] = ()
     whole_weight: bool = True
     fused: int | None = 0
@@ -93,7 +89,6 @@ def _quantize_nf4(
         types={"values": f"*{dtype}", "packed": "*u8", "absmax": "*fp32", "bins": "*i64"},
         constants={"BLOCK_SIZE": block_size, "BLOCKS": launch.tile // block_size},
         launch=launch,
-        everyday=launch == QUANTIZE_NF4 and block_size in EVERYDAY,
         unaligned=unaligned,
         fused=elements_per_thread(launch),
         needs=() if unaligned else (r"LDG\.E\.128", r"STG\.E\.(64|128)"),
@@ -117,7 +112,6 @@ def quantize_nf4_rest() -> Iterator[Entry]:
             },
             constants={"BLOCK_SIZE": block_size},
             launch=Launch(tile=block_size, num_warps=NF4_REST.num_warps),
-            everyday=dtype == "bf16" and block_size in (32, 4096),
             unaligned=("values", "packed", "absmax", "bins"),
             whole_weight=False,
             fused=None,
@@ -143,7 +137,6 @@ def _dequantize_nf4(
     unaligned: tuple[str, ...] = (),
 ) -> Entry:
     told = _told(launch, unaligned)
-    trained_with = nested and (dtype, block_size) == ("bf16", 64)
     return Entry(
         label=f"dequantize_nf4 {dtype} block {block_size}{' nested' if nested else ''}{told}",
         kernel=nf4.dequantize_nf4_kernel,
@@ -155,7 +148,6 @@ def _dequantize_nf4(
             "GATHER": launch.gather,
         },
         launch=launch,
-        everyday=trained_with or (launch == DEQUANTIZE_NF4 and nested and block_size in EVERYDAY),
         unaligned=unaligned,
         needs=() if unaligned else (r"LDG\.E\.128", r"STG\.E\.128"),
         stores=".*" if unaligned else r"STG\.E\.128",
@@ -173,7 +165,6 @@ def dequantize_nf4_rest() -> Iterator[Entry]:
             types=types | {"n": "i32"},
             constants={"BLOCK_SIZE": block_size, "NESTED": nested},
             launch=Launch(tile=block_size, num_warps=NF4_REST.num_warps),
-            everyday=nested and dtype == "bf16" and block_size in (32, 4096),
             unaligned=tuple(types),
             whole_weight=False,
         )
@@ -206,7 +197,6 @@ def quantize_absmax() -> Iterator[Entry]:
         },
         constants={"BLOCKS": QUANTIZE_ABSMAX.tile // NESTED_BLOCK_SIZE},
         launch=QUANTIZE_ABSMAX,
-        everyday=True,
     )
 
 

@@ -91,47 +91,25 @@ def complaints(row: Row) -> list[str]:
     return [f"{row.label} on sm_{row.arch}, triton {row.triton}: {each}" for each in found]
 
 
-def compile_rows(
-    which: Literal["everyday", "all"],
-    archs: tuple[int, ...] = ARCHITECTURES,
-    *,
-    other_triton: bool = False,
-    processes: int = 2,
-) -> list[Row]:
-    """Compile the manifest, or its everyday part, for some architectures.
+def compile_rows(arch: int, *, other_triton: bool = False, processes: int = 2) -> list[Row]:
+    """Compile the manifest for an architecture.
 
     Args:
-        which: what to compile.
-        archs: compute capabilities, 90 for sm_90.
+        arch: its compute capability, 90 for sm_90.
         other_triton: with `OTHER_TRITON` instead of the environment's own.
         processes: at once.
 
     Raises:
         RuntimeError: something does not compile; the message holds the compiler's words.
     """
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
-
-        def compile_share(share: int) -> list[Row]:
-            words = [which, str(share), str(processes), *map(str, archs)]
-            told = _run("compiling.py", *words, cache=cache, other_triton=other_triton)
-            return [Row(**json.loads(line)) for line in told.splitlines()]
-
-        return [row for rows in pool.map(compile_share, range(processes)) for row in rows]
+    told = _run_shares("compiling.py", str(arch), other_triton=other_triton, processes=processes)
+    return [Row(**row) for row in told]
 
 
-def mutants(
-    which: Literal["overflowing", "otherwise wrong"], arch: int, *, processes: int = 2
-) -> dict[str, list[str]]:
+def mutants(which: Literal["overflowing", "otherwise wrong"], arch: int) -> dict[str, list[str]]:
     """Give the complaints about each kernel that is wrong on purpose, by what is wrong with it."""
-    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
-
-        def compile_share(share: int) -> list[dict[str, Any]]:
-            words = [which, str(share), str(processes), str(arch)]
-            told = _run("mutants.py", *words, cache=cache, other_triton=False)
-            return [json.loads(line) for line in told.splitlines()]
-
-        lines = [line for lines in pool.map(compile_share, range(processes)) for line in lines]
-    return {line["name"]: complaints(Row(**line["row"])) for line in lines}
+    told = _run_shares("mutants.py", which, str(arch), other_triton=False, processes=2)
+    return {each["name"]: complaints(Row(**each["row"])) for each in told}
 
 
 def launches(*, other_triton: bool = False) -> tuple[list[str], list[str]]:
@@ -139,6 +117,20 @@ def launches(*, other_triton: bool = False) -> tuple[list[str], list[str]]:
     with tempfile.TemporaryDirectory() as cache:
         told = json.loads(_run("asking.py", cache=cache, other_triton=other_triton))
     return told["asked"], told["missing"]
+
+
+def _run_shares(
+    script: str, *words: str, other_triton: bool, processes: int
+) -> list[dict[str, Any]]:
+    """Give what the lines say that a script prints, run in processes with a share of the work each."""
+    with tempfile.TemporaryDirectory() as cache, ThreadPoolExecutor(processes) as pool:
+
+        def run(share: int) -> list[dict[str, Any]]:
+            shares = (str(share), str(processes))
+            told = _run(script, *shares, *words, cache=cache, other_triton=other_triton)
+            return [json.loads(line) for line in told.splitlines()]
+
+        return [line for lines in pool.map(run, range(processes)) for line in lines]
 
 
 def _run(script: str, *words: str, cache: str, other_triton: bool) -> str:

@@ -1,7 +1,7 @@
 """Kernels that are wrong on purpose in one place: what the gate must complain about.
 
 A process of its own, started by `gate`: compiles a changed copy of a kernel's file for each, as the
-engine's own would be, and prints what became of it as JSON: ``mutants.py overflowing|"otherwise wrong" SHARE SHARES 90``.
+engine's own would be, and prints what became of it as JSON: ``mutants.py SHARE SHARES overflowing|"otherwise wrong" 90``.
 """
 
 import importlib.util
@@ -154,12 +154,12 @@ def _copy(module: Any, mutant: Mutant, folder: Path) -> Any:
 
 def main() -> None:
     """Print a line for each mutant of this process's share: its name and its row."""
-    which, share, shares, arch = sys.argv[1:]
+    share, shares, which, arch = sys.argv[1:]
     mutants = {"overflowing": OVERFLOWING, "otherwise wrong": OTHERWISE_WRONG}[which]
     entries = {entry.label: entry for entry in manifest()}
     for name, mutant in list(mutants.items())[int(share) :: int(shares)]:
         with tempfile.TemporaryDirectory() as folder:
-            row = measure(changed(entries[mutant.label], mutant, Path(folder)), int(arch))
+            (row,) = measure([changed(entries[mutant.label], mutant, Path(folder))], int(arch))
         sys.stdout.write(json.dumps({"name": name, "row": row}) + "\n")
 
 

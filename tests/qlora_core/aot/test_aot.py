@@ -20,46 +20,31 @@ from tests.qlora_core.aot.narrowing import narrow_offsets
 needs_other_triton = pytest.mark.skipif(
     not OTHER_TRITON.exists(), reason="`make test` installs the other Triton, pytest alone does not"
 )
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_the_everyday_kernels_are_as_they_should_be(arch: int) -> None:
-    rows = compile_rows("everyday", (arch,))
-
-    assert {row.arch for row in rows} == {arch}
-    assert [complaint for row in rows for complaint in complaints(row)] == []
-    assert {row.kernel for row in rows} == kernels_in_the_tree()
-
-
-@pytest.mark.parametrize(
+in_both_tritons = pytest.mark.parametrize(
     "other_triton", [False, pytest.param(True, marks=needs_other_triton)], ids=["own", "other"]
 )
+
+
+@in_both_tritons
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_configuration_of_every_kernel_is_as_it_should_be(
+    arch: int, other_triton: bool
+) -> None:
+    rows = compile_rows(arch, other_triton=other_triton)
+
+    pin = OTHER_TRITON_PIN.read_text().strip()
+    assert {f"triton=={row.triton}" == pin for row in rows} == {other_triton}
+    assert {row.arch for row in rows} == {arch}
+    assert {row.kernel for row in rows} == kernels_in_the_tree()
+    assert [complaint for row in rows for complaint in complaints(row)] == []
+
+
+@in_both_tritons
 def test_the_gate_compiles_what_the_engine_launches(other_triton: bool) -> None:
     asked, missing = launches(other_triton=other_triton)
 
     assert {words.split()[0] for words in asked} == kernels_in_the_tree()
     assert missing == []
-
-
-@needs_other_triton
-def test_the_other_triton_compiles_the_everyday_kernels_too() -> None:
-    rows = compile_rows("everyday", (90,), other_triton=True)
-
-    assert {f"triton=={row.triton}" for row in rows} == {OTHER_TRITON_PIN.read_text().strip()}
-    assert [complaint for row in rows for complaint in complaints(row)] == []
-    assert {row.kernel for row in rows} == kernels_in_the_tree()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    "other_triton", [False, pytest.param(True, marks=needs_other_triton)], ids=["own", "other"]
-)
-def test_every_configuration_is_as_it_should_be(other_triton: bool) -> None:
-    rows = compile_rows("all", other_triton=other_triton)
-
-    assert {row.arch for row in rows} == set(ARCHITECTURES)
-    assert [complaint for row in rows for complaint in complaints(row)] == []
 
 
 def kernels_in_the_tree() -> set[str]:
