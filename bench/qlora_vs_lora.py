@@ -28,7 +28,7 @@ from qlora_core.train import Event, ValidationMetrics
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-PICTURE = ROOT / "docs" / "guides" / "qlora-against-lora.png"
+PICTURE = ROOT / "docs" / "formats" / "qlora-against-lora.png"
 BASES = ("16-bit", "NF4+DQ")
 _CONTEXT_LENGTH = 256
 # Student's, for 95% of both sides together, by degrees of freedom.

@@ -27,7 +27,7 @@ def draw(kept: dict[str, Any], file: Path) -> None:
             label = _NAMES[base] if number == 0 else None
             losses.plot(list(curve), list(curve.values()), color=color, linewidth=1, label=label)
     losses.set(
-        title=f"{kept['model']}, {kept['examples']} examples, {kept['epochs']} epochs",
+        title=f"{kept['model']}, {kept['examples']} examples, epochs: {kept['epochs']}",
         xlabel="optimizer step",
         ylabel="validation loss, nats per token",
     )
