@@ -39,7 +39,7 @@ REFUSED = {
     "zamba": "share their weight",
     "zamba2": "share their weight",
 }
-# Each for something that the others do not have: a transposed weight, a fused one, experts with and without gate, bias
+# Enough for tests that take long. Each for something that the others do not have: a transposed weight, a fused one, experts with and without gate, bias
 # and transposition, mixers, an encoder's vocabulary, several configurations in one, a linear layer of its own kind.
 DIVERSE = (
     "gpt2",
@@ -66,12 +66,7 @@ DENSE = re.compile(
 IDS = torch.randint(3, 100, (1, 8), generator=torch.Generator().manual_seed(0))
 
 every_family = pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(family, marks=() if family in DIVERSE else pytest.mark.slow)
-        for family in FAMILIES
-        if family not in NOT_BUILT
-    ],
+    "family", [family for family in FAMILIES if family not in NOT_BUILT]
 )
 
 
