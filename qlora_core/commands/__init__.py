@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from qlora_core.commands.estimate import estimate
 from qlora_core.commands.generate import generate
 from qlora_core.commands.merge import merge
 from qlora_core.commands.quantize import quantize
@@ -28,6 +29,7 @@ def _several() -> None:
 
 
 app.command()(train)
+app.command()(estimate)
 app.command()(generate)
 app.command()(merge)
 app.command()(quantize)

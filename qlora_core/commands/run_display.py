@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from qlora_core.commands.history import peak_memory
+from qlora_core.commands.units import duration, size
 from qlora_core.train.events import (
     DatasetProgress,
     Event,
@@ -109,21 +110,9 @@ class RunDisplay:
         )
 
 
-def duration(seconds: float) -> str:
-    """Write a time as 0:07, 12:30 or 3:05:00."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def gigabytes(nbytes: int) -> str:
-    """Write a size in GiB, or in MiB where it is small."""
-    return f"{nbytes / 2**30:,.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.0f} MiB"
-
-
 def _figures(event: StepMetrics) -> str:
     loss = "skipped" if event.train_loss is None else f"{event.train_loss:.4f}"
-    memory = gigabytes(peak_memory(event.memory))
+    memory = size(peak_memory(event.memory))
     return (
         f"loss {loss}  lr {event.learning_rate:.2e}  {event.tokens_per_s:,.0f} tokens/s  {memory}"
     )

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qlora_core.commands.history import History, read_history
 from qlora_core.commands.printable import printable
-from qlora_core.commands.run_display import duration, gigabytes
+from qlora_core.commands.units import duration, size
 
 if TYPE_CHECKING:
     from qlora_core.commands.run_folder import RunFolder
@@ -47,7 +47,7 @@ def _table(folder: RunFolder, result: TrainResult, history: History, picture: Pa
     seconds = sum(history.seconds.values())
     speed = sum(history.tokens.values()) / seconds if seconds else 0.0
     table.add_row("time in steps", f"{duration(seconds)}, {speed:,.0f} tokens/s")
-    table.add_row("peak memory", gigabytes(history.peak_bytes))
+    table.add_row("peak memory", size(history.peak_bytes))
     table.add_row("adapter", str(result.adapter))
     table.add_row("loss curve", "not drawn" if picture is None else str(picture))
     return table

@@ -14,7 +14,7 @@ COMMANDS = [command.callback.__name__ for command in app.registered_commands if 
 def test_every_command_is_listed() -> None:
     listed = CliRunner().invoke(app, ["--help"]).stdout
 
-    assert {"train", "generate", "merge", "quantize"} <= {*COMMANDS}
+    assert {"train", "estimate", "generate", "merge", "quantize"} <= {*COMMANDS}
     assert [name for name in COMMANDS if name not in listed] == []
 
 

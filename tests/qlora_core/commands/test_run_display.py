@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 
-import pytest
 from rich.console import Console
 
-from qlora_core.commands.run_display import RunDisplay, duration, gigabytes
+from qlora_core.commands.run_display import RunDisplay
 from qlora_core.train import DatasetProgress, Notice, RunStarted, StepMetrics, ValidationMetrics
 
 
@@ -84,15 +83,3 @@ def test_a_terminal_gets_a_bar_with_the_figures() -> None:
     assert "2/100" in told
     assert "loss skipped  lr 2.00e-04  1,234 tokens/s  3.0 GiB" in told
     assert "step 2/100" not in told
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (7.4, "0:07"), (750, "12:30"), (11_100, "3:05:00")]
-)
-def test_times_are_written_as_on_a_clock(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_sizes_are_in_the_unit_that_suits_them() -> None:
-    assert gigabytes(600 * 2**20) == "600 MiB"
-    assert gigabytes(3 * 2**29) == "1.5 GiB"

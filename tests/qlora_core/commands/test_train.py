@@ -21,7 +21,7 @@ from qlora_core.commands import app
 from tests.qlora_core.commands.conftest import WriteRun
 
 ADAPTER = "adapter/adapter_model.safetensors"
-LONG = "n_epochs = 40\nresume_point_every_s = 0.0"  # 120 steps, a resume point after each
+LONG = "n_epochs = 20\nresume_point_every_s = 0.0"  # 60 steps, a resume point after each
 RANDOM = "dropout = 0.1"
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,146 @@
+"""`python -m qlora_core estimate`: the engine's estimate of a model or a run's file, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from qlora_core import LoraConfig, TextEncoder, TrainConfig, load_dataset
+from qlora_core import estimate as estimate_run
+from qlora_core.commands import app
+from tests.qlora_core.commands.conftest import WriteRun
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["estimate", *map(str, arguments)])
+
+
+def document(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+def refusal(*arguments: object) -> str:
+    result = run(*arguments)
+
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_a_model_alone_is_estimated_with_the_usual_settings_in_its_own_context(base: Path) -> None:
+    found = document(base, "--device", "cuda", "--memory", "1GiB")
+
+    expected = estimate_run(base, {"context_length": 128}).as_dict()
+    assert {name: found[name] for name in ("memory", "parameters", "tokens_per_step")} == {
+        name: expected[name] for name in ("memory", "parameters", "tokens_per_step")
+    }
+    assert (found["fits"], found["room_bytes"], found["steps"]) == (True, 2**30, None)
+
+
+def test_of_a_runs_file_the_settings_and_the_lengths_of_the_examples_count(
+    tmp_path: Path, base: Path, write_run: WriteRun
+) -> None:
+    file = write_run(train="n_epochs = 2\ncontext_length = 64", model="block_size = 128")
+
+    found = document(file)
+
+    dataset = load_dataset(
+        tmp_path / "train.jsonl", TextEncoder.from_folder(base), context_length=64
+    )
+    tokens = sum(dataset.lengths)
+    settings = TrainConfig(
+        batch_size=4,
+        n_epochs=2,
+        context_length=64,
+        gradient_checkpointing=False,
+        lora=LoraConfig(r=4, alpha=8),
+    )
+    expected = estimate_run(
+        base,
+        settings,
+        device="cpu",
+        longest_tokens=max(dataset.lengths),
+        mean_tokens=tokens / len(dataset),
+        trained_share=sum(dataset.trained_counts) / tokens,
+        block_size=128,
+    ).as_dict()
+    assert found["memory"] == expected["memory"]
+    assert found["tokens_per_step"] == expected["tokens_per_step"]
+    assert (found["device"], found["steps"]) == ("cpu", 6)
+
+
+def test_without_its_data_a_run_is_estimated_at_its_longest(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    file = write_run(train="context_length = 64")
+    (tmp_path / "train.jsonl").unlink()
+
+    found = document(file)
+
+    assert found["tokens_per_step"] == 4 * 64
+    assert found["steps"] is None
+    assert any("train.jsonl is not there" in sentence for sentence in found["assumed"])
+
+
+def test_the_table_says_each_kind_and_whether_it_fits(base: Path) -> None:
+    fits = run(base, "--memory", "24GiB").stdout
+    not_at_all = run(base, "--memory", "1 MB").stdout
+
+    for row in ("base weights", "adapter", "optimizer", "activations", "memory at the peak"):
+        assert row in fits
+    assert "fits into 24.0 GiB" in fits
+    assert "yes" in fits
+    assert "fits into 1 MiB" in not_at_all
+    assert "are missing" in not_at_all
+    assert "Assumed: step time is calculated, not measured" in fits
+
+
+def test_nothing_is_said_of_fitting_where_there_is_no_gpu_and_no_memory_given(base: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+
+    found = document(base)
+
+    assert (found["device"], found["fits"]) == ("cpu", None)
+
+
+def test_what_the_user_did_wrong_is_one_sentence(
+    tmp_path: Path, base: Path, write_run: WriteRun
+) -> None:
+    assert "there is no" in refusal(tmp_path / "nowhere")
+    assert "nowhere.toml: No such file" in refusal(tmp_path / "nowhere.toml")
+    assert "a size is written such as 24GiB" in refusal(base, "--memory", "much")
+    assert "card" in refusal(base, "--device", "cuda", "--card", "abacus")
+    assert "model.quantize is false" in refusal(write_run(model="quantize = false"))
+    file = write_run()
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    assert "train.jsonl: Unexpected file format" in refusal(file)
+
+
+def test_a_model_is_estimated_without_torch(base: Path) -> None:
+    script = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from qlora_core.commands import app\n"
+        "done = CliRunner().invoke(app, ['estimate', sys.argv[1], '--memory', '24GiB'])\n"
+        "assert done.exit_code == 0, done.output\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, base], capture_output=True, text=True, timeout=60
+    )
+
+    assert done.returncode == 0, done.stderr
