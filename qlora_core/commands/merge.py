@@ -80,7 +80,7 @@ def merge(
 
     from qlora_core.export import load_adapter
     from qlora_core.export import merge as merge_adapter
-    from qlora_core.models.readable import refuse_target
+    from qlora_core.models.checkpoint_folder import refuse_target
 
     refuse_target(out, model, overwrite=force)
     target = choose_device(device)
