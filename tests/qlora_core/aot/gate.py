@@ -91,13 +91,13 @@ def complaints(row: Row) -> list[str]:
     return [f"{row.label} on sm_{row.arch}, triton {row.triton}: {each}" for each in found]
 
 
-def compile_rows(arch: int, *, other_triton: bool = False, processes: int = 2) -> list[Row]:
+def compile_rows(arch: int, *, other_triton: bool = False, processes: int = 1) -> list[Row]:
     """Compile the manifest for an architecture.
 
     Args:
         arch: its compute capability, 90 for sm_90.
         other_triton: with `OTHER_TRITON` instead of the environment's own.
-        processes: at once.
+        processes: at once; tests have one each, since they run side by side themselves.
 
     Raises:
         RuntimeError: something does not compile; the message holds the compiler's words.
