@@ -1,7 +1,8 @@
 """NF4 on CPUs: the reference's results by table look-ups over chunks, spread over a few threads.
 
-Dequantizing looks up both elements of a byte at once. Quantizing sorts scaled values into 65,536
-bins and looks up a bin's code; the few values whose bin is near a threshold are compared exactly.
+Dequantizing looks up both elements of a byte at once, where it is not done by `compiled`.
+Quantizing sorts scaled values into 65,536 bins and looks up a bin's code; the few values whose bin
+is near a threshold are compared exactly.
 A chunk holds whole blocks, also nested ones, so which thread takes which chunk changes nothing.
 
 The loops make every view of their working memory beforehand: each call of torch, even for a view,
@@ -27,7 +28,7 @@ from qlora_core.quant.codebook import (
 from qlora_core.quant.double_quant.cpu import ScaleRoom
 from qlora_core.quant.double_quant.reference import dequantize_absmax
 from qlora_core.quant.memory import empty
-from qlora_core.quant.nf4 import reference
+from qlora_core.quant.nf4 import compiled, reference
 from qlora_core.quant.scratch import scratch
 from qlora_core.quant.threads import share
 
@@ -101,26 +102,9 @@ def dequantize_nf4_into(
     blocks = n // block_size
     whole = blocks * block_size
     if whole:
-        chunk = max(_CHUNK, NESTED_BLOCK_SIZE * block_size)
-        scales = absmax[:blocks, None].split(chunk // block_size)
-        nested = [None] * len(scales)
-        if nested_absmax is not None:
-            # Without the one that only a short last block is in.
-            needed = nested_absmax[: -(-blocks // NESTED_BLOCK_SIZE), None]
-            nested = needed.split(chunk // block_size // NESTED_BLOCK_SIZE)
-        parts = zip(
-            packed[: whole // 2].split(chunk // 2),
-            scales,
-            nested,
-            out[:whole].split(chunk),
-            strict=True,
-        )
-        # A view of 8-byte pairs begins on an 8-byte boundary.
-        direct = (
-            out.dtype == torch.float32 and out.data_ptr() % 8 == 0 and out.storage_offset() % 2 == 0
-        )
-        work = partial(_dequantize, offset=offset, block_size=block_size, direct=direct)
-        share(list(parts), work)
+        parts = packed[: whole // 2], absmax[:blocks], nested_absmax, offset, out[:whole]
+        if not compiled.fill(*parts, block_size=block_size):
+            fill_by_tables(*parts, block_size=block_size)
     if whole < n:
         last = absmax[blocks:]
         if nested_absmax is not None and offset is not None:
@@ -128,6 +112,32 @@ def dequantize_nf4_into(
         out[whole:] = reference.dequantize_nf4(
             packed[whole // 2 :], last, n=n - whole, block_size=block_size, dtype=out.dtype
         )
+
+
+def fill_by_tables(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    out: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """Fill ``out``, which is whole blocks, as `compiled.fill` does: by torch alone, on any CPU."""
+    chunk = max(_CHUNK, NESTED_BLOCK_SIZE * block_size)
+    scales = absmax[:, None].split(chunk // block_size)
+    nested = [None] * len(scales)
+    if nested_absmax is not None:
+        # Without the one that only a short last block is in.
+        needed = nested_absmax[: -(-absmax.numel() // NESTED_BLOCK_SIZE), None]
+        nested = needed.split(chunk // block_size // NESTED_BLOCK_SIZE)
+    parts = zip(packed.split(chunk // 2), scales, nested, out.split(chunk), strict=True)
+    # A view of 8-byte pairs begins on an 8-byte boundary.
+    direct = (
+        out.dtype == torch.float32 and out.data_ptr() % 8 == 0 and out.storage_offset() % 2 == 0
+    )
+    work = partial(_dequantize, offset=offset, block_size=block_size, direct=direct)
+    share(list(parts), work)
 
 
 def _dequantize(
