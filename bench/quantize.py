@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +181,15 @@ def _about() -> dict[str, Any]:
         "transparent_hugepages": pages.read_text().strip() if pages.exists() else None,
         "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown",
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "bitsandbytes")},
+        | {name: _version(name) for name in ("torch", "bitsandbytes", "llvmlite")},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _output(*command: str) -> str | None:
