@@ -187,11 +187,7 @@ def _free_on_the_gpu() -> int | None:
 
 
 def _print(found: Estimate, asked: Asked, source: Path, device: str, room: int | None) -> None:
-    table = Table(
-        title=f"{source}, on {'a GPU' if device == 'cuda' else 'a CPU'}",
-        show_header=False,
-        title_justify="left",
-    )
+    table = Table(show_header=False)
     kinds = found.memory.as_dict()
     total = kinds["total_bytes"]
     for kind, name in _KINDS.items():
@@ -211,6 +207,8 @@ def _print(found: Estimate, asked: Asked, source: Path, device: str, room: int |
         run = f"{duration(time.low_s * asked.steps)} to {duration(time.high_s * asked.steps)}"
         table.add_row(f"{asked.steps:,} steps", run)
     console = Console(highlight=False)
+    title = f"{source}, on {'a GPU' if device == 'cuda' else 'a CPU'}"
+    console.print(Text(title, "italic"), soft_wrap=True)
     console.print(table)
     for sentence in (*asked.assumed, *found.assumed):
         console.print(Text(f"Assumed: {sentence}."), soft_wrap=True)

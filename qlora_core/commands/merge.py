@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from qlora_core.commands.devices import Device, choose_compute_dtype, choose_device
 from qlora_core.commands.endings import guarded
@@ -111,7 +112,7 @@ def merge(
 
 def _print_summary(result: MergeResult) -> None:
     apart = result.difference
-    table = Table(title=str(result.folder), show_header=False, title_justify="left")
+    table = Table(show_header=False)
     table.add_row("merged onto", f"the {result.onto} weights")
     table.add_row("weights", f"{result.weight_bytes / 2**20:,.1f} MiB in {result.dtype}")
     table.add_row("compared with", "the model in NF4 with the adapter beside it")
@@ -119,4 +120,6 @@ def _print_summary(result: MergeResult) -> None:
     table.add_row("  largest difference of logits", f"{apart.max_abs:.3g}")
     table.add_row("  mean KL divergence", f"{apart.mean_kl:.3g} nats")
     table.add_row("  same likeliest token", f"{apart.same_top_share:.1%}")
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(Text(str(result.folder), "italic"), soft_wrap=True)
+    console.print(table)

@@ -32,9 +32,8 @@ class RunDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=16),
             MofNCompleteColumn(),
+            BarColumn(bar_width=6),
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
             console=console,
@@ -99,7 +98,7 @@ class RunDisplay:
         if due and not self._console.is_terminal:
             self._line_at = now
             left = sum(self._seconds) / len(self._seconds) * (self._total_steps - event.step)
-            self.say(f"step {event.step:,}/{self._total_steps:,}  {figures}  {duration(left)} left")
+            self.say(f"step {event.step:,}/{self._total_steps:,} {figures}, {duration(left)} left")
 
     def _validation(self, event: ValidationMetrics) -> None:
         of = "of the base model" if event.step == 0 else f"after step {event.step:,}"
@@ -113,6 +112,4 @@ class RunDisplay:
 def _figures(event: StepMetrics) -> str:
     loss = "skipped" if event.train_loss is None else f"{event.train_loss:.4f}"
     memory = size(peak_memory(event.memory))
-    return (
-        f"loss {loss}  lr {event.learning_rate:.2e}  {event.tokens_per_s:,.0f} tokens/s  {memory}"
-    )
+    return f"loss {loss} lr {event.learning_rate:.1e} {event.tokens_per_s:,.0f} tokens/s {memory}"

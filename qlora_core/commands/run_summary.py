@@ -23,15 +23,17 @@ def print_summary(folder: RunFolder, result: TrainResult, picture: Path | None) 
     """Print what came of a finished run."""
     history = read_history(folder.events())
     console = Console(highlight=False)
-    console.print(_table(folder, result, history, picture))
+    # Not as the table's title, which would be broken at the table's width.
+    console.print(Text(str(folder.path), "italic"), soft_wrap=True)
+    console.print(_table(result, history, picture))
     asked = zip(history.samples.get("base", ()), history.samples.get("adapter", ()), strict=False)
     for base, adapter in asked:
         console.print()
         _print_answers(console, base, adapter)
 
 
-def _table(folder: RunFolder, result: TrainResult, history: History, picture: Path | None) -> Table:
-    table = Table(title=str(folder.path), show_header=False, title_justify="left")
+def _table(result: TrainResult, history: History, picture: Path | None) -> Table:
+    table = Table(show_header=False)
     early = ", stopped early" if result.stopped_early else ""
     table.add_row("steps", f"{result.steps:,}{early}")
     table.add_row("trained tokens", f"{result.trained_tokens:,}")
@@ -42,14 +44,15 @@ def _table(folder: RunFolder, result: TrainResult, history: History, picture: Pa
             f"{first[1]:.4f} in step {first[0]}, {result.train_loss:.4f} in the last epoch",
         )
     table.add_row(*_validation_row(result, history))
-    if result.adapter_step != result.steps:
-        table.add_row("adapter", f"the best one, of step {result.adapter_step:,}")
     seconds = sum(history.seconds.values())
     speed = sum(history.tokens.values()) / seconds if seconds else 0.0
     table.add_row("time in steps", f"{duration(seconds)}, {speed:,.0f} tokens/s")
     table.add_row("peak memory", size(history.peak_bytes))
-    table.add_row("adapter", str(result.adapter))
-    table.add_row("loss curve", "not drawn" if picture is None else str(picture))
+    last = result.adapter_step == result.steps
+    table.add_row(
+        "adapter", "adapter" if last else f"adapter, the best one, of step {result.adapter_step:,}"
+    )
+    table.add_row("loss curve", "not drawn" if picture is None else picture.name)
     return table
 
 

@@ -79,6 +79,12 @@ def test_the_dtype_can_be_chosen(base: Path, adapter: Path, tmp_path: Path) -> N
     assert model.dtype == torch.bfloat16
 
 
+def test_the_folders_name_is_printed_as_it_is(base: Path, adapter: Path, tmp_path: Path) -> None:
+    result = run(base, adapter, tmp_path / "[red]o", "--onto", "original")
+
+    assert "[red]o" in result.stdout.splitlines()[0]
+
+
 def test_the_base_has_to_be_chosen(base: Path, adapter: Path, tmp_path: Path) -> None:
     assert "--onto" in refusal(base, adapter, tmp_path / "merged")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -27,9 +28,9 @@ def stepped(step: int, loss: float | None = 2.5) -> StepMetrics:
     )
 
 
-def shown(*events: object, terminal: bool) -> str:
+def shown(*events: object, terminal: bool, width: int = 120) -> str:
     console = Console(
-        file=io.StringIO(), force_terminal=terminal, width=120, highlight=False, color_system=None
+        file=io.StringIO(), force_terminal=terminal, width=width, highlight=False, color_system=None
     )
     display = RunDisplay(console)
     with display.shown():
@@ -51,8 +52,8 @@ def test_lines_say_where_the_run_is_and_how_long_it_takes() -> None:
         "1,600 examples, 100 steps; 299,008 parameters to train over a base of 4.0 MiB, on cpu",
         "cut to the context length: 1; left out because nothing in them is trained: 2",
         "going on after step 40",
-        "step 41/100  loss 2.5000  lr 2.00e-04  1,234 tokens/s  3.0 GiB  2:57 left",
-        "step 100/100  loss 2.5000  lr 2.00e-04  1,234 tokens/s  3.0 GiB  0:00 left",
+        "step 41/100 loss 2.5000 lr 2.0e-04 1,234 tokens/s 3.0 GiB, 2:57 left",
+        "step 100/100 loss 2.5000 lr 2.0e-04 1,234 tokens/s 3.0 GiB, 0:00 left",
     ]
 
 
@@ -80,6 +81,17 @@ def test_a_terminal_gets_a_bar_with_the_figures() -> None:
 
     told = shown(started, stepped(1), stepped(2, loss=None), terminal=True)
 
-    assert "2/100" in told
-    assert "loss skipped  lr 2.00e-04  1,234 tokens/s  3.0 GiB" in told
+    assert "  2/100 " in told
+    assert "loss skipped lr 2.0e-04 1,234 tokens/s 3.0 GiB" in told
     assert "step 2/100" not in told
+
+
+def test_the_bar_fits_a_terminal_of_80_characters() -> None:
+    many = 99_999
+    started = RunStarted(many, 0, 1600, 2, 299_008, 2**20, "cuda", 0, 0)
+    step = replace(stepped(many), tokens_per_s=123_456.0, memory={"peak_bytes": 79 * 2**30})
+
+    told = shown(started, step, terminal=True, width=80)
+
+    assert "99999/99999 " in told
+    assert "123,456 tokens/s 79.0 GiB 0:00:00" in told

@@ -83,7 +83,7 @@ def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     [
         ("[model\n", "at line 1, column 7"),
         ("x = 1\n" + LEAST, "there is no setting x; it has output, model, data, train, lora"),
-        (LEAST + "[trian]\n", "there is no setting trian; did you mean train?"),
+        (LEAST + "[trai]\n", "there is no setting trai; did you mean train?"),
         (LEAST + "[train]\nlearning_rat = 1\n", "[train] has no setting learning_rat; did you mean learning_rate?"),
         (LEAST + "[lora]\nlearning_rate = 1\n", "[lora] has no setting learning_rate; it belongs in [train]"),
         ("learning_rate = 1\n" + LEAST, "there is no setting learning_rate; it belongs in [train]"),

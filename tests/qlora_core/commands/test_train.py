@@ -88,7 +88,7 @@ def test_the_result_is_on_stdout_and_how_it_went_on_stderr(
         assert row in result.stdout
     assert "question  Question 7?" in result.stdout
     assert "base      " in result.stdout
-    assert "step 3/3  loss" in result.stderr
+    assert "step 3/3 loss" in result.stderr
     assert "validation of the base model: loss" in result.stderr
 
 
@@ -106,6 +106,12 @@ def test_a_text_that_would_steer_the_terminal_is_printed_without_it(
     result = run(write_run(train="max_steps = 1", data='samples = ["\\u001b]0;mine\\u0007?"]'))
 
     assert "question  ]0;mine?" in result.stdout
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path, write_run: WriteRun) -> None:
+    result = run(write_run(train="max_steps = 1"), "--out", tmp_path / "[red]o")
+
+    assert "[red]o" in result.stdout.splitlines()[0]
 
 
 def test_what_the_user_did_wrong_is_one_sentence_and_is_mended_without_more(
