@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,29 +13,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qlora_core.commands.devices import Device, choose_device
 from qlora_core.commands.endings import guarded
 from qlora_core.commands.progress import byte_bar
-from qlora_core.errors import ConfigError
+from qlora_core.commands.quantization import Scale
 
 if TYPE_CHECKING:
-    import torch
-
     from qlora_core.models.census import Census
-
-
-class Scale(StrEnum):
-    """How a block's scale is found."""
-
-    ABSMAX = "absmax"
-    MSE = "mse"
-
-
-class Device(StrEnum):
-    """Where to quantize."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 @guarded
@@ -78,7 +61,7 @@ def quantize(
     from qlora_core.models.readable import refuse_beforehand
 
     began = time.monotonic()
-    target = _device(device)
+    target = choose_device(device)
     skipped = [*(skip_module or ()), *(() if quantize_head else ("lm_head",))]
     dtype = refuse_beforehand(model, out, skip_modules=skipped, overwrite=force)
     with byte_bar() as start:
@@ -102,15 +85,6 @@ def quantize(
     )
 
 
-def _device(wanted: Device) -> torch.device:
-    import torch
-
-    if wanted is Device.CUDA and not torch.cuda.is_available():
-        raise ConfigError("there is no CUDA device here; use --device cpu")
-    on_gpu = wanted is not Device.CPU and torch.cuda.is_available()
-    return torch.device("cuda" if on_gpu else "cpu")
-
-
 def _weight_bytes(paths: Iterable[Path]) -> int:
     return sum(path.stat().st_size for path in paths if path.suffix == ".safetensors")
 
@@ -118,7 +92,7 @@ def _weight_bytes(paths: Iterable[Path]) -> int:
 def _print_summary(
     out: Path, census: Census, before: int, after: int, *, seconds: float, on_gpu: int | None
 ) -> None:
-    table = Table(title=Text(str(out)), show_header=False, title_justify="left")
+    table = Table(show_header=False)
     table.add_row("parameters", _count(census.parameters))
     table.add_row("  in NF4", f"{_count(census.quantized)} at {census.quantized_bits:.3f} bits")
     table.add_row("  embeddings and head", _count(census.embeddings))
@@ -131,7 +105,9 @@ def _print_summary(
     table.add_row("peak memory", _size(peak))
     if on_gpu is not None:
         table.add_row("peak on the GPU", _size(on_gpu))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(Text(str(out), "italic"), soft_wrap=True)
+    console.print(table)
 
 
 def _count(parameters: int) -> str:
