@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,11 @@ class RunFolder:
         before = self.path / INPUTS
         if not (self.is_begun and before.is_file()):
             return {"began": time.time(), **inputs}
-        found = json.loads(before.read_text(encoding="utf-8"))
+        try:
+            found = dict(json.loads(before.read_text(encoding="utf-8")))
+            float(found["began"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{before} is not what began the run: {error!r}") from error
         for name, value in inputs.items():
             if found.get(name) != value:
                 raise ConfigError(
@@ -103,15 +107,11 @@ class RunFolder:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
-    def events(self) -> list[dict[str, Any]]:
-        """Read what the run has told so far; a line that a kill has torn is passed over."""
-        events: list[dict[str, Any]] = []
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Read what the run has told so far, one event at a time; a line that a kill has torn is passed over."""
         for line in _lines(self.path / EVENTS):
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                continue
-        return events
+            with suppress(ValueError):
+                yield json.loads(line)
 
     def _end_torn_line(self) -> None:
         *_, last = ["\n", *_lines(self.path / EVENTS)]

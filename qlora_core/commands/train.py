@@ -81,8 +81,11 @@ def _train(run: RunFile, folder: RunFolder, display: RunDisplay) -> tuple[TrainR
     encoder = TextEncoder.from_folder(run.model.path, now=inputs["began"])
     config = run.with_context(encoder.context_length)
     samples = _samples(run, encoder)
-    train_set = _dataset(run.data.train, encoder, config, display)
-    valid_set = run.data.validation and _dataset(run.data.validation, encoder, config, display)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    train_set = _dataset(run.data.train, encoder, config, folder.path, display)
+    valid_set = run.data.validation and _dataset(
+        run.data.validation, encoder, config, folder.path, display
+    )
     model = _load(run.model, device, dtype)
 
     def sink(event: Event) -> None:
@@ -135,7 +138,9 @@ def _samples(run: RunFile, encoder: TextEncoder) -> list[list[dict[str, str]]]:
     return conversations
 
 
-def _dataset(path: Path, encoder: TextEncoder, config: TrainConfig, display: RunDisplay) -> Dataset:
+def _dataset(
+    path: Path, encoder: TextEncoder, config: TrainConfig, tokens_in: Path, display: RunDisplay
+) -> Dataset:
     from qlora_core.commands.progress import byte_bar
     from qlora_core.data import load_dataset
     from qlora_core.text.check import FAILED
@@ -150,6 +155,7 @@ def _dataset(path: Path, encoder: TextEncoder, config: TrainConfig, display: Run
                 encoder,
                 context_length=config.context_length,
                 train_on_inputs=config.train_on_inputs,
+                folder=tokens_in,  # of a large file they are many, and the system's folder may be in memory
                 on_progress=_both(show, tell),
             )
         except DatasetError as error:

@@ -85,6 +85,15 @@ def test_a_run_goes_on_only_as_it_began_and_with_the_time_it_began(
         again.settled({**INPUTS, "data.train": "changed"})
 
 
+def test_a_folder_whose_record_is_broken_is_refused(tmp_path: Path, config: Path) -> None:
+    for broken in ("{", "[]", "{}", '{"began": "then"}'):
+        start(tmp_path / broken, config)
+        (tmp_path / broken / "inputs.json").write_text(broken)
+
+        with pytest.raises(ConfigError, match=r"inputs\.json is not what began the run"):
+            RunFolder(tmp_path / broken, resume=True).settled(INPUTS)
+
+
 def test_two_at_once_are_refused(tmp_path: Path, config: Path) -> None:
     start(tmp_path / "out", config)
     first, second = (RunFolder(tmp_path / "out", resume=True) for _ in range(2))
