@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_core.train import Event
 
 CONFIG, INPUTS, EVENTS = "config.toml", "inputs.json", "events.jsonl"
+_END_BYTES = 1 << 20
 _STARTED = '"kind": "run_started"'
 
 
@@ -123,6 +124,22 @@ def fingerprint(path: Path) -> str:
     """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_fingerprint(model: Path) -> str:
+    """Return a sha256 that other weights do not have: of each file's name, length, and a part at both of its ends.
+
+    A base model has too many bytes to read them twice.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(model.glob("*.safetensors")):
+        nbytes = path.stat().st_size
+        digest.update(f"{path.name} {nbytes}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_END_BYTES))
+            file.seek(max(0, nbytes - _END_BYTES))
+            digest.update(file.read(_END_BYTES))
+    return digest.hexdigest()
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -112,13 +112,14 @@ def _train(run: RunFile, folder: RunFolder, display: RunDisplay) -> tuple[TrainR
 
 def _inputs(run: RunFile, dtype: str) -> dict[str, Any]:
     """Name what the result depends on beside the trainer's own settings, which the resume points keep."""
-    from qlora_core.commands.run_folder import fingerprint
+    from qlora_core.commands.run_folder import fingerprint, weights_fingerprint
 
     model, data = run.model, run.data
     return {
         "data.train": fingerprint(data.train),
         "data.validation": data.validation and fingerprint(data.validation),
         "model.config": fingerprint(model.path / "config.json"),
+        "model.weights": weights_fingerprint(model.path),
         "model.compute_dtype": dtype,
         "model.quantize": model.quantize,
         "model.block_size": model.block_size,

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 from qlora_core import load_adapter, load_model
 from qlora_core.commands import app
 from tests.qlora_core.commands.conftest import WriteRun
+from tests.tiny_models import save_tiny_llama, save_tiny_tokenizer
 
 ADAPTER = "adapter/adapter_model.safetensors"
 LONG = "n_epochs = 20\nresume_point_every_s = 0.0"  # 60 steps, a resume point after each
@@ -163,8 +164,8 @@ def test_a_finished_run_that_goes_on_is_finished_with_the_same_adapter(
     assert steps(tmp_path / "out") == [1, 2, 3]
 
 
-def test_a_run_goes_on_only_with_the_same_data_and_settings(
-    tmp_path: Path, write_run: WriteRun
+def test_a_run_goes_on_only_with_the_same_data_model_and_settings(
+    tmp_path: Path, base: Path, write_run: WriteRun
 ) -> None:
     assert run(write_run(train="n_epochs = 1")).exit_code == 0
 
@@ -174,6 +175,40 @@ def test_a_run_goes_on_only_with_the_same_data_and_settings(
     assert "model.block_size is not what it was" in refusal(file, "--resume")
     file = write_run(train="n_epochs = 1", examples=13)
     assert "data.train is not what it was" in refusal(file, "--resume")
+    other = save_tiny_llama(tmp_path / "other", seed=1, initializer_range=0.2)
+    file = write_run(train="n_epochs = 1")
+    file.write_text(file.read_text().replace(str(base), str(other)))
+    assert "model.weights is not what it was" in refusal(file, "--resume")
+
+
+def test_an_adapter_is_trained_on_from_where_it_was(tmp_path: Path, write_run: WriteRun) -> None:
+    data = 'validation = "valid.jsonl"'
+    assert run(write_run(train="n_epochs = 2", data=data)).exit_code == 0
+    file = write_run(train="max_steps = 1", data=data, model='adapter = "out/adapter"')
+
+    result = run(file, "--out", tmp_path / "again")
+
+    assert result.exit_code == 0, result.output
+    ended, began = (valid_losses(tmp_path / name) for name in ("out", "again"))
+    assert began[0] == pytest.approx(ended[6], rel=1e-6)
+    assert ended[6] != pytest.approx(ended[0], rel=1e-2)
+
+
+def test_plain_text_trains_a_model_without_a_chat_template_but_it_cannot_be_asked(
+    tmp_path: Path, base: Path, write_run: WriteRun
+) -> None:
+    bare = save_tiny_llama(tmp_path / "bare", initializer_range=0.2)
+    save_tiny_tokenizer(bare, chat_template=None)
+    (tmp_path / "text.jsonl").write_text('{"text": "A nibble is four bits."}\n' * 4)
+
+    def bare_run(**options: str) -> Path:
+        file = write_run(train="max_steps = 1", **options)
+        text = file.read_text().replace(str(base), str(bare)).replace("train.jsonl", "text.jsonl")
+        file.write_text(text)
+        return file
+
+    assert "no chat template" in refusal(bare_run(data='samples = ["What?"]'))
+    assert run(bare_run()).exit_code == 0
 
 
 def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_adapter_to_the_bit(
@@ -244,6 +279,14 @@ def wait_until(program: subprocess.Popen[str], true: Callable[[], bool]) -> None
         time.sleep(0.01)
     program.kill()
     pytest.fail(f"the run came to no such step: {program.communicate()[1]}")
+
+
+def valid_losses(folder: Path) -> dict[object, object]:
+    return {
+        event["step"]: event["full_valid_loss"]
+        for event in events(folder)
+        if event["kind"] == "validation_metrics"
+    }
 
 
 def losses(folder: Path) -> dict[object, object]:
