@@ -27,6 +27,7 @@ _OTHERWISE = (
     "kv_lora_rank", "mamba_d_state", "state_size", "ssm_state_size", "linear_num_value_heads", "attn_layer_period",
     "altup_num_inputs", "block_types", "compress_ratios", "encoder_layers", "num_kv_shared_layers",
 )  # fmt: skip
+_DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 _MULTIMODAL = ("text_config", "vision_config", "audio_config", "thinker_config")
 _MOST = 2**31 - 1
 
@@ -140,10 +141,13 @@ def describe(config: Mapping[str, Any], source: str) -> Architecture:
     model_type = str(config.get("model_type", "unknown"))
     _refuse_other_kinds(config, source, model_type)
     family = FAMILIES.get(model_type)
-    assumed = ()
+    assumed: tuple[str, ...] = ()
     if family is None:
         family = _guess(config)
         assumed = (f"{model_type} is not known here and taken for a decoder like Llama's",)
+    dropouts = [name for name in _DROPOUTS if config.get(name)]
+    if dropouts:
+        assumed += (f"what the model's own {', '.join(dropouts)} keeps is not counted",)
     numbers = _Numbers(config, source)
     hidden, heads = numbers.take("hidden_size"), numbers.take("num_attention_heads")
     head_dim = numbers.take("head_dim", default=hidden // heads)

@@ -14,6 +14,7 @@ from qlora_core.estimate.operations import (
     add,
     cast,
     concatenate,
+    copy,
     laid_out_anew,
     norm,
     part,
@@ -21,7 +22,7 @@ from qlora_core.estimate.operations import (
     split,
 )
 from qlora_core.estimate.rows import Rows
-from qlora_core.estimate.tape import Gradients, Memory, Tape, Value
+from qlora_core.estimate.tape import Arrived, Gradients, Memory, Tape, Value
 
 Project = Callable[[str, Value], Value]
 
@@ -91,15 +92,18 @@ def _turned(
 
 def _turned_one(tape: Tape, model: Architecture, x: Value, turns: tuple[Memory, Memory]) -> Value:
     elements, rest = x.elements * model.rotary_dim // model.head_dim, None
-    # Phi-3 cuts off what is not turned, even where that is nothing, and puts it back.
-    cuts = model.family.fused or elements < x.elements
-    if cuts:
+    if _cuts(model):
         x, rest = part(tape, x, elements), part(tape, x, x.elements - elements)
-    straight = _times(tape, x, turns[0])
-    crossed = _times(tape, _half_turned(tape, x), turns[1])
+    straight = scale(tape, x, turns[0])
+    crossed = scale(tape, _half_turned(tape, x), turns[1])
     found = add(tape, straight, crossed)
     del straight, crossed
     return found if rest is None else concatenate(tape, [found, rest])
+
+
+def _cuts(model: Architecture) -> bool:
+    """Whether what is not turned is cut off and put back; Phi-3 does that even where it is nothing."""
+    return model.family.fused or model.rotary_dim < model.head_dim
 
 
 def _half_turned(tape: Tape, x: Value) -> Value:
@@ -107,12 +111,9 @@ def _half_turned(tape: Tape, x: Value) -> Value:
     return concatenate(tape, [scale(tape, second), first])
 
 
-def _times(tape: Tape, x: Value, constant: Memory) -> Value:
-    nbytes = x.nbytes
-    memory = tape.memory(nbytes)
-    return tape.record(
-        memory, x.elements, x.itemsize, [x], lambda _: [tape.memory(nbytes)], saved=[constant]
-    )
+def is_masked(layer: Layer, length: int) -> bool:
+    """Whether a row of this length takes a mask: causal attention alone takes none."""
+    return layer.window is not None and layer.window < length
 
 
 def _packed(
@@ -127,12 +128,13 @@ def _packed(
     on_gpu: bool,
 ) -> Value:
     """Attend by example in a packed row, over all of them at once in padded ones."""
-    length = rows.width if rows.lengths is None else max(rows.lengths)
-    masked = layer.window is not None and layer.window < length
     if rows.lengths is None:
-        return _kernel(
+        masked = is_masked(layer, rows.width)
+        found = _kernel(
             tape, model, rows.count, rows.width, query, key, value, masked=masked, on_gpu=on_gpu
         )
+        # The kernel lays its result out as the queries lie, and a concatenation lies by heads.
+        return copy(tape, found) if _cuts(model) else found
     if on_gpu and not model.family.eager:
         return _kernel(tape, model, 1, rows.tokens, query, key, value, masked=False, on_gpu=True)
     widths = (model.query_width, model.kv_width, model.kv_width)
@@ -142,7 +144,7 @@ def _packed(
     ]
     found: list[Value] = []
     for length, q, k, v in zip(rows.lengths, *parts, strict=True):
-        masked = layer.window is not None and layer.window < length
+        masked = is_masked(layer, length)
         found.append(_kernel(tape, model, 1, length, q, k, v, masked=masked, on_gpu=on_gpu))
     return concatenate(tape, found)
 
@@ -160,7 +162,9 @@ def _kernel(
     on_gpu: bool,
 ) -> Value:
     if model.family.eager:
-        return _all_scores(tape, model, count, length, query, key, value)
+        return _all_scores(
+            tape, model, count, length, query, key, value, makes_mask=masked and count == 1
+        )
     return _fused(tape, model, count, length, query, key, value, masked=masked, on_gpu=on_gpu)
 
 
@@ -181,13 +185,13 @@ def _fused(
     if masked:
         key, value = _repeated(tape, model, key), _repeated(tape, model, value)
         truths = tape.memory(length * length)
-        mask = [tape.memory(length * length * query.itemsize)]
+        mask = [tape.memory(count * length * length * query.itemsize)]
         del truths
     sizes = [one.nbytes for one in (query, key, value)]
     statistics = count * length * model.heads * FLOAT32
     widened = query.elements * FLOAT32 if on_gpu else 0
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         # FlashAttention-2 sums the queries' gradients in float32, and those of keys by query head.
         summed = [tape.memory(widened + statistics)] if on_gpu else []
         grads = [tape.memory(nbytes) for nbytes in sizes]
@@ -204,23 +208,40 @@ def _fused(
 
 
 def _all_scores(
-    tape: Tape, model: Architecture, count: int, length: int, query: Value, key: Value, value: Value
+    tape: Tape,
+    model: Architecture,
+    count: int,
+    length: int,
+    query: Value,
+    key: Value,
+    value: Value,
+    *,
+    makes_mask: bool,
 ) -> Value:
     """``eager_attention_forward`` with scores that are bent: every score is there, several times."""
     size = query.itemsize
     scores = count * model.heads * length * length
     key, value = _repeated(tape, model, key), _repeated(tape, model, value)
-    weights = scale(tape, _product(tape, query, key, scores))
-    weights = scale(tape, activate(tape, scale(tape, weights), keeps_result=True))
+    mask = tape.memory(length * length * size if makes_mask else 0)
+    weights = _product(tape, query, key, scores)
+    weights = scale(tape, weights)
+    weights = scale(tape, weights)
+    weights = activate(tape, weights, keeps_result=True)
+    weights = scale(tape, weights)
     weights = _masked(tape, weights)
-    weights = cast(tape, activate(tape, cast(tape, weights, FLOAT32), keeps_result=True), size)
+    weights = cast(tape, weights, FLOAT32)
+    weights = activate(tape, weights, keeps_result=True)
+    weights = cast(tape, weights, size)
     found = _product(tape, weights, value, query.elements)
+    del mask
     return laid_out_anew(tape, found)
 
 
 def _masked(tape: Tape, weights: Value) -> Value:
     memory = tape.memory(weights.nbytes)
-    return tape.record(memory, weights.elements, weights.itemsize, [weights], lambda grad: [grad])
+    return tape.record(
+        memory, weights.elements, weights.itemsize, [weights], lambda grad: [grad[0]]
+    )
 
 
 def _product(tape: Tape, a: Value, b: Value, elements: int) -> Value:

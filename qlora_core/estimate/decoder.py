@@ -23,7 +23,7 @@ from qlora_core.estimate.operations import (
 )
 from qlora_core.estimate.products import Products, adapted, frozen
 from qlora_core.estimate.rows import Rows
-from qlora_core.estimate.tape import Gradients, Memory, Node, Tape, Value
+from qlora_core.estimate.tape import Arrived, Gradients, Memory, Node, Tape, Value
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,14 @@ class Decoder:
         tokens = self.rows.width if self.rows.lengths is None else self.rows.tokens
         turns = self._turns(tape, tokens)
         hidden = embedded
+        masks = {
+            is_sliding: self._masks(tape, is_sliding=is_sliding) for is_sliding in (False, True)
+        }
         for index, layer in enumerate(self.model.layers):
-            hidden = self._run_layer(tape, index, layer, hidden, turns)
+            hidden = self._run_layer(
+                tape, index, layer, hidden, turns, masks[layer.window is not None]
+            )
+        del masks
         return norm(tape, hidden, self.rows.tokens, self.model.family.norm)
 
     def _embed(self, tape: Tape) -> Value:
@@ -65,7 +71,7 @@ class Decoder:
             found = tape.constant(elements, self.itemsize)
         else:
 
-            def backward(_: Memory) -> Gradients:
+            def backward(_: Arrived) -> Gradients:
                 self.products.trained(tape.memory(matrix * FLOAT32))
                 return []
 
@@ -80,8 +86,32 @@ class Decoder:
         nbytes = tokens * self.model.rotary_dim * size
         return tape.memory(nbytes), tape.memory(nbytes)
 
+    def _masks(self, tape: Tape, *, is_sliding: bool) -> list[Memory]:
+        """The masks that layers of one kind have in common; others are made for one example and one layer."""
+        rows, layers = self.rows, self.model.layers
+        window = next((one.window for one in layers if (one.window is not None) == is_sliding), 0)
+        if window == 0:
+            return []
+        lengths = {rows.width} if rows.lengths is None else set(rows.lengths)
+        squares = [
+            rows.count * length**2
+            for length in lengths
+            if rows.lengths is None or window is None or length <= window
+        ]
+        if self.model.family.eager:
+            return [tape.memory(square * self.itemsize) for square in squares]
+        if window is None or rows.lengths is not None or rows.width <= window:
+            return []
+        return [tape.memory(square) for square in squares]
+
     def _run_layer(
-        self, tape: Tape, index: int, layer: Layer, hidden: Value, turns: tuple[Memory, Memory]
+        self,
+        tape: Tape,
+        index: int,
+        layer: Layer,
+        hidden: Value,
+        turns: tuple[Memory, Memory],
+        masks: list[Memory],
     ) -> Value:
         if not self.checkpointing:
             return self._layer(tape, index, layer, hidden, turns)
@@ -89,7 +119,7 @@ class Decoder:
         found = self._layer(Tape(ledger, recording=False), index, layer, hidden, turns)
         needs = hidden.node is not None
 
-        def backward(grad: Memory) -> Gradients:
+        def backward(grad: Arrived) -> Gradients:
             again = Tape(ledger)
             outside = Node((), (), lambda _: ()) if needs else None
             given = Value(kept[0], elements, itemsize, outside)
@@ -97,7 +127,7 @@ class Decoder:
             del given
             return [None if last is None else again.run_backward(last, grad, outside)]
 
-        kept = [hidden.memory]
+        kept = [hidden.memory, *turns, *masks]
         return tape.record(
             found.memory, elements, itemsize, [hidden], backward, saved=kept, trains=True
         )

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from qlora_core.errors import ConfigError
 from qlora_core.estimate.adapter import Adapter, choose_adapter
 from qlora_core.estimate.architecture import Architecture, describe
-from qlora_core.estimate.devices import CPU_CORE, Figures, figures_of
+from qlora_core.estimate.devices import CPU_CORE, Figures, figures_of, known_cards
 from qlora_core.estimate.memory import estimate_memory
 from qlora_core.estimate.operations import FLOAT32
 from qlora_core.estimate.parameters import Storage, count_parameters
 from qlora_core.estimate.reading import ModelConfig, read_model_config
 from qlora_core.estimate.result import Estimate
-from qlora_core.estimate.rows import Rows, largest_rows
+from qlora_core.estimate.rows import Examples, count_passes, largest_pass, next_pass
 from qlora_core.estimate.settings import HasDict, TrainSettings, check_integer, read_settings
 from qlora_core.estimate.step_time import assumptions, estimate_time
 
+_BLOCK_SIZES = tuple(2**power for power in range(5, 13))
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # A generator's state: torch's on a CPU, and on a GPU.
 _RANDOM_STATE_BYTES = 5056
@@ -48,7 +48,7 @@ def estimate(
         device: where the run is.
         compute_dtype: of hidden states and of what is not quantized; "bfloat16" on a GPU and "float32" on a CPU if not
             given.
-        card: for the time on a GPU: one that `qlora_core.estimate.devices` knows.
+        card: for the time on a GPU: its name, as `torch.cuda.get_device_name` gives it or a part of that.
         cores: for the time on a CPU.
         longest_tokens: of the longest example; ``context_length`` if not known.
         mean_tokens: of an example; ``longest_tokens`` if not known.
@@ -68,10 +68,9 @@ def estimate(
     settings = read_settings(train_config)
     model = describe(*read_model_config(model_config))
     figures = _figures(device, card, cores)
-    longest, mean = _lengths(settings, longest_tokens, mean_tokens)
-    check_integer("block_size", block_size, 32, 4096)
-    if not 0 < trained_share <= 1:
-        raise ConfigError(f"trained_share must be above 0 and at most 1, not {trained_share!r}")
+    examples = _examples(settings, model, longest_tokens, mean_tokens, trained_share)
+    if block_size not in _BLOCK_SIZES:
+        raise ConfigError(f"block_size must be a power of two from 32 to 4096, not {block_size!r}")
     dtype = compute_dtype or ("bfloat16" if device == "cuda" else "float32")
     if dtype not in _BYTES:
         raise ConfigError(f"compute_dtype must be one of {', '.join(_BYTES)}, not {dtype!r}")
@@ -79,24 +78,20 @@ def estimate(
     product_bytes = storage.dense_bytes if device == "cuda" else FLOAT32
     adapter = choose_adapter(model, settings.lora)
     counts = count_parameters(model, adapter, storage)
-    rows = largest_rows(
-        settings,
-        longest_tokens=longest,
-        mean_tokens=mean,
-        trained_share=trained_share,
-        alone_above=model.alone_above,
+    largest = largest_pass(settings, examples)
+    tokens = max(
+        largest.tokens if largest.lengths else examples.longest,
+        round(settings.batch_size * examples.mean),
     )
-    tokens = max(rows.tokens if rows.lengths else longest, round(settings.batch_size * mean))
-    passes = _passes(settings, rows, tokens, longest)
+    passes = count_passes(settings, examples, largest)
     memory = estimate_memory(
         model,
         adapter,
         counts,
         storage,
-        rows,
+        (largest, next_pass(settings, examples, largest)),
         checkpointing=settings.gradient_checkpointing,
         dropout=settings.lora.dropout > 0,
-        several_passes=passes > 1,
         product_bytes=product_bytes,
         on_gpu=device == "cuda",
     )
@@ -106,7 +101,7 @@ def estimate(
         storage,
         figures,
         tokens=tokens,
-        mean_tokens=mean,
+        mean_tokens=examples.mean,
         trained=tokens * trained_share,
         passes=passes,
         checkpointing=settings.gradient_checkpointing,
@@ -114,7 +109,7 @@ def estimate(
     )
     return Estimate(
         tokens_per_step=tokens,
-        largest_pass_tokens=rows.tokens,
+        largest_pass_tokens=largest.tokens,
         passes_per_step=passes,
         parameters=counts,
         memory=memory,
@@ -127,34 +122,37 @@ def estimate(
 
 def _figures(device: str, card: str, cores: int) -> Figures:
     if device == "cuda":
-        return figures_of(card)
+        figures = figures_of(card)
+        if figures is None:
+            raise ConfigError(
+                f"no figures are known of the card {card!r}; there are {', '.join(known_cards())}"
+            )
+        return figures
     if device != "cpu":
         raise ConfigError(f'device must be "cuda" or "cpu", not {device!r}')
     check_integer("cores", cores, 1, 1024)
-    return Figures(
-        f"{cores} x {CPU_CORE.name}", cores * CPU_CORE.tflops, cores * CPU_CORE.gb_per_s, 0
-    )
+    return Figures(f"{cores} x {CPU_CORE.name}", cores * CPU_CORE.tflops, cores * CPU_CORE.gb_per_s)
 
 
-def _lengths(settings: TrainSettings, longest: int | None, mean: float | None) -> tuple[int, float]:
-    """Give the longest and the mean example, in tokens."""
+def _examples(
+    settings: TrainSettings,
+    model: Architecture,
+    longest: int | None,
+    mean: float | None,
+    trained_share: float,
+) -> Examples:
+    """Check what is known of the examples, and take the longest they can be for what is not."""
     if longest is None:
         longest = settings.context_length
     check_integer("longest_tokens", longest, 2, 2**24)
     # Longer ones are cut.
     longest = min(longest, settings.context_length)
-    if mean is None:
-        return longest, float(longest)
+    mean = float(longest) if mean is None else mean
     if isinstance(mean, bool) or not isinstance(mean, int | float) or not 1 <= mean <= 2**24:
         raise ConfigError(f"mean_tokens must be a number from 1 to {2**24}, not {mean!r}")
-    return longest, min(float(mean), longest)
-
-
-def _passes(settings: TrainSettings, rows: Rows, tokens: int, longest: int) -> int:
-    """Give the forward passes of a step: what the batch takes in rows as full as the largest."""
-    if rows.lengths is None:
-        return math.ceil(settings.batch_size / rows.count)
-    return math.ceil(tokens / max(rows.tokens, min(longest, settings.micro_batch_tokens)))
+    if not 0 < trained_share <= 1:
+        raise ConfigError(f"trained_share must be above 0 and at most 1, not {trained_share!r}")
+    return Examples(longest, min(float(mean), longest), trained_share, model.alone_above)
 
 
 def _resume_point_bytes(adapter: Adapter, settings: TrainSettings) -> int:

@@ -19,7 +19,7 @@ from qlora_core.estimate.operations import (
     split,
 )
 from qlora_core.estimate.products import Products, frozen, plain
-from qlora_core.estimate.tape import Gradients, Memory, Tape, Value
+from qlora_core.estimate.tape import Arrived, Gradients, Memory, Tape, Value
 
 
 def through_experts(
@@ -48,7 +48,7 @@ def _route(
     places = tape.memory(tokens * experts.per_token * INT64)
     whole, kept = shares.nbytes, tokens * experts.per_token
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         return [tape.memory(whole)]
 
     top = tape.record(
@@ -93,10 +93,10 @@ def _gated(tape: Tape, x: Value) -> Value:
 
 
 def _added(tape: Tape, out: Value, x: Value, nbytes: int, chosen: Memory) -> Value:
-    """``out.index_add_``: in place; what goes to ``x`` is taken out of the gradient by rows."""
+    """``out.index_add_``: in place; keeps ``x`` for its shape alone, whose gradient is taken by rows."""
     return tape.record(
         out.memory, out.elements, out.itemsize, [out, x],
-        lambda grad: [grad, tape.memory(nbytes)], saved=[chosen],
+        lambda grad: [grad[0], tape.memory(nbytes)], saved=[chosen, x.memory],
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from qlora_core.estimate.architecture import HEAD
 from qlora_core.estimate.decoder import Decoder
 from qlora_core.estimate.operations import FLOAT32, INT64, activate, cast, gather, part, scale
 from qlora_core.estimate.products import adapted, plain
-from qlora_core.estimate.tape import Gradients, Memory, Node, Tape, Value
+from qlora_core.estimate.tape import Arrived, Gradients, Node, Tape, Value
 
 _CHUNK_ELEMENTS = 2**25
 _CHUNK_TOKENS = 1024
@@ -20,7 +20,7 @@ def forward_and_backward(decoder: Decoder, tape: Tape) -> None:
     # Ids and positions of the tokens; places and targets of the trained ones.
     batch = tape.memory(INT64 * (2 * decoder.rows.tokens + 2 * decoder.rows.trained))
     last = _loss(decoder, tape)
-    tape.run_backward(last, tape.memory(FLOAT32))
+    tape.run_backward(last, [tape.memory(FLOAT32)])
     del batch
 
 
@@ -38,16 +38,14 @@ def _loss(decoder: Decoder, tape: Tape) -> Node:
     losses = tape.memory(trained * FLOAT32)
     _one_chunk(decoder, tape, min(trained, chunk_tokens(decoder.model.vocabulary)))
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         while sums:
             decoder.products.trained(sums.pop())
         return [found.pop()]
 
     loss = tape.record(tape.memory(FLOAT32), 1, FLOAT32, [picked], backward, trains=True)
     del losses, hidden
-    if loss.node is None:
-        raise AssertionError
-    return loss.node
+    return loss.maker
 
 
 def _trained_of_head(decoder: Decoder) -> list[int]:
@@ -66,7 +64,7 @@ def _one_chunk(decoder: Decoder, tape: Tape, tokens: int) -> None:
     start = Node((), (), lambda _: ())
     chunk = Value(tape.memory(0), elements, decoder.itemsize, start)
     last = _chunk_loss(decoder, chunk_tape, chunk, tokens)
-    chunk_tape.run_backward(last, tape.memory(FLOAT32), start)
+    chunk_tape.run_backward(last, [tape.memory(FLOAT32)], start)
 
 
 def _chunk_loss(decoder: Decoder, tape: Tape, chunk: Value, tokens: int) -> Node:
@@ -79,9 +77,7 @@ def _chunk_loss(decoder: Decoder, tape: Tape, chunk: Value, tokens: int) -> Node
         tape.memory(tokens * FLOAT32), tokens, FLOAT32, [likelihoods],
         lambda _: [tape.memory(nbytes)], saved=[likelihoods.memory],
     )  # fmt: skip
-    if losses.node is None:
-        raise AssertionError
-    return losses.node
+    return losses.maker
 
 
 def _logits(decoder: Decoder, tape: Tape, chunk: Value) -> Value:
@@ -90,7 +86,7 @@ def _logits(decoder: Decoder, tape: Tape, chunk: Value) -> Value:
     if decoder.adapter.head:
         logits = _trained_head(decoder, tape, chunk)
     elif rank is not None:
-        logits = adapted(tape, chunk, head, rank, decoder.products)
+        logits = adapted(tape, chunk, head, rank, decoder.products, quantized=False)
     else:
         logits = plain(tape, chunk, head)
     if family.scaled_logits:
@@ -109,7 +105,7 @@ def _trained_head(decoder: Decoder, tape: Tape, chunk: Value) -> Value:
     rounded = [tape.memory(matrix * size)] if size != FLOAT32 else []
     result, nbytes = chunk.elements // decoder.model.hidden * decoder.model.vocabulary, chunk.nbytes
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         of_x = tape.memory(nbytes)
         of_matrix = tape.memory(matrix * size)
         if size != FLOAT32:

@@ -57,60 +57,57 @@ def estimate_memory(
     adapter: Adapter,
     counts: ParameterCounts,
     storage: Storage,
-    rows: Rows,
+    passes: tuple[Rows, Rows | None],
     *,
     checkpointing: bool,
     dropout: bool,
-    several_passes: bool,
     product_bytes: int,
     on_gpu: bool,
 ) -> MemoryEstimate:
-    """Go through the largest pass of a step and add what is there beside it.
+    """Go through the passes of a step that take most, and add what is there beside them.
 
     Args:
         model: what is trained.
         adapter: over it.
         counts: of its parameters.
         storage: of its base; what is not quantized is as large as hidden states are.
-        rows: of the largest pass.
+        passes: the largest, which comes first and leaves its gradients as it goes; and the largest of those that come
+            when gradients are there, None where a step is one pass.
         checkpointing: whether layers are computed again on the way back.
         dropout: whether the adapters drop some of their inputs.
-        several_passes: whether the gradients of other passes of the step are there already.
         product_bytes: of a number that matrices are multiplied in.
         on_gpu: whether the dense weight of a product is new memory each time.
     """
-    ledger = Ledger()
-    products = Products(
-        product_bytes, makes_dense=on_gpu, dropout=dropout, keeps_gradients=not several_passes
-    )
-    decoder = Decoder(
-        model,
-        adapter,
-        products,
-        rows,
-        storage.dense_bytes,
-        checkpointing=checkpointing,
-        on_gpu=on_gpu,
-    )
-    forward_and_backward(decoder, Tape(ledger))
-    base = base_bytes(model, counts, storage)
     trained = FLOAT32 * adapter.elements
+
+    def peak_of(rows: Rows, *, is_first: bool) -> int:
+        ledger = Ledger()
+        products = Products(
+            product_bytes, makes_dense=on_gpu, dropout=dropout, keeps_gradients=is_first
+        )
+        decoder = Decoder(
+            model, adapter, products, rows, storage.dense_bytes, checkpointing, on_gpu
+        )
+        forward_and_backward(decoder, Tape(ledger))
+        return ledger.peak_bytes + (0 if is_first else trained)
+
+    first, later = passes
+    peak = peak_of(first, is_first=True)
+    if later is not None:
+        peak = max(peak, peak_of(later, is_first=False))
+    base = base_bytes(model, counts, storage)
     # And a number of steps for each tensor.
     moments = _MOMENTS * trained + FLOAT32 * len(adapter.tensors)
     workspace = product_bytes * largest_matrix(model, storage)
-    beside = base + trained + moments
-    peak = max(
-        beside
-        + ledger.peak_bytes
-        + (trained if several_passes else 0)
-        + (0 if on_gpu else workspace),
-        beside + trained,
-    )
+    beside = trained + workspace
+    if not on_gpu:
+        # A CPU keeps the buffer whether a product runs or not.
+        peak += workspace
     return MemoryEstimate(
         base_bytes=base,
         adapter_bytes=trained,
         optimizer_bytes=moments,
         gradients_bytes=trained,
-        activations_bytes=max(0, peak - beside - trained - workspace),
+        activations_bytes=max(0, peak - beside),
         workspace_bytes=workspace,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora_core.estimate.tape import Gradients, Memory, Tape, Value
+from qlora_core.estimate.tape import Arrived, Gradients, Memory, Tape, Value
 
 FLOAT32 = 4
 INT64 = 8
@@ -25,13 +25,13 @@ def split(tape: Tape, x: Value, sizes: Sequence[int]) -> list[Value]:
     """``x.split(sizes)``: views, whose gradients wait for each other and are copied into one."""
     nbytes, waiting = x.nbytes, list[Memory]()
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         joined = tape.memory(nbytes)
         waiting.clear()
         return [joined]
 
-    def wait(grad: Memory) -> Gradients:
-        waiting.append(grad)
+    def wait(grad: Arrived) -> Gradients:
+        waiting.append(grad[0])
         return [tape.memory(0)]
 
     whole = tape.record(x.memory, x.elements, x.itemsize, [x], backward)
@@ -42,7 +42,7 @@ def concatenate(tape: Tape, parts: Sequence[Value]) -> Value:
     """``torch.cat``: new memory; the gradients of the parts are views of the whole's."""
     elements, itemsize, n = sum(one.elements for one in parts), parts[0].itemsize, len(parts)
     memory = tape.memory(elements * itemsize)
-    return tape.record(memory, elements, itemsize, parts, lambda grad: [grad] * n)
+    return tape.record(memory, elements, itemsize, parts, lambda grad: [grad[0]] * n)
 
 
 def cast(tape: Tape, x: Value, itemsize: int) -> Value:
@@ -56,22 +56,30 @@ def cast(tape: Tape, x: Value, itemsize: int) -> Value:
 
 def laid_out_anew(tape: Tape, x: Value) -> Value:
     """A view whose gradient does not fit the old shape as it lies and is copied."""
-    return tape.record(
-        x.memory, x.elements, x.itemsize, [x], lambda grad: [tape.memory(grad.nbytes)]
-    )
+    nbytes = x.nbytes
+    return tape.record(x.memory, x.elements, x.itemsize, [x], lambda _: [tape.memory(nbytes)])
+
+
+def copy(tape: Tape, x: Value) -> Value:
+    """``x.contiguous()`` of what does not lie so; the gradient is passed on as it is."""
+    memory = tape.memory(x.nbytes)
+    return tape.record(memory, x.elements, x.itemsize, [x], lambda grad: [grad[0]])
 
 
 def add(tape: Tape, a: Value, b: Value) -> Value:
     """``a + b``: both get the same gradient."""
     memory = tape.memory(a.nbytes)
-    return tape.record(memory, a.elements, a.itemsize, [a, b], lambda grad: [grad, grad])
+    return tape.record(memory, a.elements, a.itemsize, [a, b], lambda grad: [grad[0], grad[0]])
 
 
-def scale(tape: Tape, x: Value) -> Value:
-    """``x`` times a number or something frozen that is there anyway: keeps nothing."""
+def scale(tape: Tape, x: Value, by: Memory | None = None) -> Value:
+    """``x`` times a number or something frozen that is there anyway; a constant ``by`` is kept."""
     nbytes = x.nbytes
     memory = tape.memory(nbytes)
-    return tape.record(memory, x.elements, x.itemsize, [x], lambda _: [tape.memory(nbytes)])
+    return tape.record(
+        memory, x.elements, x.itemsize, [x], lambda _: [tape.memory(nbytes)],
+        saved=() if by is None else [by],
+    )  # fmt: skip
 
 
 def multiply(tape: Tape, a: Value, b: Value) -> Value:
@@ -79,7 +87,7 @@ def multiply(tape: Tape, a: Value, b: Value) -> Value:
     large, small = a.nbytes, b.nbytes
     a_needs, b_needs = a.node is not None, b.node is not None
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         of_a = tape.memory(large) if a_needs else None
         of_b = tape.memory(large) if b_needs else None
         if of_b is not None and small < large:
@@ -106,7 +114,7 @@ def square(tape: Tape, x: Value) -> Value:
     """``x.pow(2)``; its gradient is ``grad * (2 * x.pow(1))``, a tensor for each of the three."""
     nbytes = x.nbytes
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         power = tape.memory(nbytes)
         doubled = tape.memory(nbytes)
         product = tape.memory(nbytes)
@@ -156,7 +164,7 @@ def gather(tape: Tape, x: Value, rows: int, width: int, *, places: Memory | None
     nbytes = x.nbytes
     memory = tape.memory(rows * width * x.itemsize)
 
-    def backward(_: Memory) -> Gradients:
+    def backward(_: Arrived) -> Gradients:
         zeros = tape.memory(nbytes)
         filled = tape.memory(nbytes)
         del zeros

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from qlora_core.estimate.architecture import Linear
 from qlora_core.estimate.operations import FLOAT32
-from qlora_core.estimate.tape import Gradients, Memory, Tape, Value
+from qlora_core.estimate.tape import Arrived, Gradients, Memory, Tape, Value
 
 
 @dataclass
@@ -42,15 +42,23 @@ class Products:
         return tape.memory(linear.elements * self.itemsize) if self.makes_dense else None
 
 
-def adapted(tape: Tape, x: Value, linear: Linear, rank: int, products: Products) -> Value:
+def adapted(
+    tape: Tape,
+    x: Value,
+    linear: Linear,
+    rank: int,
+    products: Products,
+    *,
+    quantized: bool = True,
+) -> Value:
     """``LoraLinearFn``: keeps x and the small product; drops and makes dense again on the way back."""
     size, x_size, rows = products.itemsize, x.itemsize, x.elements // linear.in_features
     wide, narrow, result = rows * linear.in_features, rows * rank, rows * linear.out_features
     factors = (rank * linear.in_features, linear.out_features * rank)
     x_needs, is_cast = x.node is not None, x.itemsize != products.itemsize
 
-    def backward(grad: Memory) -> Gradients:
-        held = [tape.memory(result * size)] if is_cast else [grad]
+    def backward(grad: Arrived) -> Gradients:
+        held = [tape.memory(result * size)] if is_cast else list(grad)
         held += [tape.memory(one * size) for one in factors if size != FLOAT32]
         held.append(tape.memory(narrow * size))
         inputs = [tape.memory(wide * size) for made in (is_cast, products.dropout) if made]
@@ -59,7 +67,7 @@ def adapted(tape: Tape, x: Value, linear: Linear, rank: int, products: Products)
         of_b = _in_float32(tape, factors[1], size)
         of_x = None
         if x_needs:
-            weight = products.dense(tape, linear)
+            weight = products.dense(tape, linear) if quantized else None
             of_x = tape.memory(wide * size)
             del weight
             if products.dropout:
@@ -77,7 +85,7 @@ def adapted(tape: Tape, x: Value, linear: Linear, rank: int, products: Products)
     inputs += [tape.memory(factors[0] * size)] if size != FLOAT32 else []
     down = tape.memory(narrow * size)
     inputs.clear()
-    weight = products.dense(tape, linear)
+    weight = products.dense(tape, linear) if quantized else None
     y = tape.memory(result * size)
     del weight
     if size != FLOAT32:
@@ -94,9 +102,9 @@ def frozen(tape: Tape, x: Value, linear: Linear, products: Products) -> Value:
     size, x_size = products.itemsize, x.itemsize
     wide, result = x.elements, x.elements // linear.in_features * linear.out_features
 
-    def backward(grad: Memory) -> Gradients:
+    def backward(grad: Arrived) -> Gradients:
         weight = products.dense(tape, linear)
-        held = tape.memory(result * size) if size != x_size else grad
+        held = tape.memory(result * size) if size != x_size else grad[0]
         of_x = tape.memory(wide * size)
         del held, weight
         return [of_x if size == x_size else tape.memory(wide * x_size)]

@@ -1,7 +1,8 @@
-"""How the tokens of a forward pass lie, and the largest forward pass that a run can have."""
+"""How the tokens of a forward pass lie, and the passes of a step that may take most memory."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qlora_core.estimate.settings import TrainSettings
@@ -28,47 +29,84 @@ class Rows:
         """All of them, padding counted."""
         return self.count * self.width
 
+    @property
+    def examples(self) -> int:
+        """How many there are."""
+        return self.count if self.lengths is None else len(self.lengths)
 
-def largest_rows(
-    settings: TrainSettings,
-    *,
-    longest_tokens: int,
-    mean_tokens: float,
-    trained_share: float,
-    alone_above: int | None,
-) -> Rows:
+
+@dataclass(frozen=True)
+class Examples:
+    """What is known of a run's examples.
+
+    Attributes:
+        longest: in tokens.
+        mean: in tokens.
+        trained_share: of the tokens, how many carry loss.
+        alone_above: a longer one shares a pass with none; None for no limit.
+    """
+
+    longest: int
+    mean: float
+    trained_share: float
+    alone_above: int | None
+
+    @property
+    def usual(self) -> int:
+        """Tokens of one that is neither long nor short."""
+        return max(1, round(self.mean))
+
+    def trained(self, tokens: int, examples: int) -> int:
+        """Give how many of some tokens carry loss; the first of an example never does."""
+        return max(1, min(tokens - examples, round(tokens * self.trained_share)))
+
+
+def largest_pass(settings: TrainSettings, examples: Examples) -> Rows:
     """Give the forward pass with the most tokens that a step may have, as the trial before a run takes it.
 
     Packed, it is taken for the longest example and usual ones that fill the row up, the last of them to its end; padded,
     for rows as long as the longest example.
-
-    Args:
-        settings: of the run.
-        longest_tokens: of the longest example.
-        mean_tokens: of an example.
-        trained_share: of the tokens, how many carry loss.
-        alone_above: a longer example shares a row with none.
     """
     most = settings.batch_size
-    if alone_above is not None and longest_tokens > alone_above:
+    if examples.alone_above is not None and examples.longest > examples.alone_above:
         most = 1
     room = settings.micro_batch_tokens
     if not settings.packing:
-        count = max(1, min(most, room // longest_tokens))
-        return Rows(
-            count, longest_tokens, None, _trained(count * longest_tokens, count, trained_share)
-        )
-    usual = max(1, round(mean_tokens))
-    lengths = [longest_tokens]
-    while len(lengths) < most and sum(lengths) + usual <= room:
-        lengths.append(usual)
+        count = max(1, min(most, room // examples.longest))
+        tokens = count * examples.longest
+        return Rows(count, examples.longest, None, examples.trained(tokens, count))
+    lengths = [examples.longest]
+    while len(lengths) < most and sum(lengths) + examples.usual <= room:
+        lengths.append(examples.usual)
     rest = room - sum(lengths)
-    if len(lengths) < most and usual < longest_tokens and rest > 0:
+    if len(lengths) < most and examples.usual < examples.longest and rest > 0:
         lengths.append(rest)
+    return _packed(lengths, examples)
+
+
+def next_pass(settings: TrainSettings, examples: Examples, largest: Rows) -> Rows | None:
+    """Give the largest pass of a step that comes when the gradients of another are there; None where there is none.
+
+    Packed rows come by size, so that it is the second largest; padded ones do not.
+    """
+    left = settings.batch_size - largest.examples
+    if left <= 0:
+        return None
+    if not settings.packing:
+        return largest
+    fitting = max(1, settings.micro_batch_tokens // examples.usual)
+    return _packed([examples.usual] * min(left, fitting), examples)
+
+
+def count_passes(settings: TrainSettings, examples: Examples, largest: Rows) -> int:
+    """Return the passes that a usual step takes."""
+    length = examples.usual if settings.packing else examples.longest
+    fitting = max(1, settings.micro_batch_tokens // length)
+    return max(
+        math.ceil(settings.batch_size / fitting), 1 + (settings.batch_size > largest.examples)
+    )
+
+
+def _packed(lengths: list[int], examples: Examples) -> Rows:
     tokens = sum(lengths)
-    return Rows(1, tokens, tuple(lengths), _trained(tokens, len(lengths), trained_share))
-
-
-def _trained(tokens: int, examples: int, share: float) -> int:
-    """The first token of an example is never trained."""
-    return max(1, min(tokens - examples, round(tokens * share)))
+    return Rows(1, tokens, tuple(lengths), examples.trained(tokens, len(lengths)))

@@ -38,6 +38,10 @@ class Memory:
 
 
 Gradients = Sequence["Memory | None"]
+"""For each input of an operation, None where none is wanted."""
+
+Arrived = list["Memory"]
+"""The one gradient that a node is given, in a list, so that who passes it on can let go of it."""
 
 
 class Node:
@@ -55,11 +59,11 @@ class Node:
         self,
         inputs: Sequence[Node | None],
         saved: Sequence[Memory],
-        backward: Callable[[Memory], Gradients],
+        backward: Callable[[Arrived], Gradients],
     ) -> None:
         self.inputs: Sequence[Node | None] = inputs
         self.saved: Sequence[Memory] = saved
-        self.backward: Callable[[Memory], Gradients] | None = backward
+        self.backward: Callable[[Arrived], Gradients] | None = backward
 
 
 class Value:
@@ -84,6 +88,13 @@ class Value:
     def nbytes(self) -> int:
         """Of its elements."""
         return self.elements * self.itemsize
+
+    @property
+    def maker(self) -> Node:
+        """What made it, of a value that needs a gradient."""
+        if self.node is None:
+            raise ValueError("this value needs no gradient")
+        return self.node
 
 
 class Tape:
@@ -113,7 +124,7 @@ class Tape:
         elements: int,
         itemsize: int,
         inputs: Sequence[Value],
-        backward: Callable[[Memory], Gradients],
+        backward: Callable[[Arrived], Gradients],
         *,
         saved: Sequence[Memory] = (),
         trains: bool = False,
@@ -139,24 +150,21 @@ class Tape:
         return Value(memory, elements, itemsize, node)
 
     def run_backward(
-        self, last: Node, gradient: Memory, first: Node | None = None
+        self, last: Node, arrived: Arrived, first: Node | None = None
     ) -> Memory | None:
         """Go back from ``last``, freeing what was kept on the way.
 
         Args:
             last: the node to begin at.
-            gradient: of its result; the caller should not go on holding it.
+            arrived: the gradient of its result; taken out.
             first: stands for an input from outside, whose gradient is returned.
         """
-        waiting: dict[Node, Memory] = {last: gradient}
-        del gradient
+        waiting: dict[Node, Memory] = {last: arrived.pop()}
         while self._nodes:
             node = self._nodes.pop()
-            arrived = waiting.pop(node, None)
-            if arrived is None or node.backward is None:
+            if node not in waiting or node.backward is None:
                 continue
-            gradients = list(node.backward(arrived))
-            del arrived
+            gradients = list(node.backward([waiting.pop(node)]))
             node.saved, node.backward = (), None
             for place, into in enumerate(node.inputs):
                 found, gradients[place] = gradients[place], None

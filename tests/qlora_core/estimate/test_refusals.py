@@ -1,0 +1,117 @@
+"""What cannot be estimated is refused in a sentence, and what is taken for granted is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_core import estimate
+from qlora_core.errors import ConfigError, ModelNotFound, ModelUnsupported
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden_size": None}, "it has no hidden_size"),
+        ({"hidden_size": -64}, "hidden_size must be a whole number from 1"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number"),
+        ({"vocab_size": True}, "vocab_size must be a whole number"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number from 1 to 10,000"),
+        ({"num_attention_heads": 5}, "do not go into a width of 64"),
+        ({"num_key_value_heads": 3}, "do not go into a width of 64"),
+        ({"text_config": {"hidden_size": 8}}, "multimodal model"),
+        ({"model_type": "new", "kv_lora_rank": 8}, "it has kv_lora_rank"),
+        ({"model_type": "mixtral"}, "num_local_experts must be a whole number"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ModelUnsupported) as raised:
+        estimate({**LLAMA, **changes})
+
+    assert words in raised.value.message
+
+
+def test_another_kind_of_model_is_refused_by_name() -> None:
+    with pytest.raises(ModelUnsupported, match=r"gpt2.*no hidden_size, intermediate_size"):
+        estimate({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "vocab_size": 10})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "7", "\ufeff{}", "[" * 100_000])
+def test_a_file_without_a_json_object_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+
+    with pytest.raises(ModelUnsupported, match=r"config\.json"):
+        estimate(tmp_path)
+
+
+def test_a_missing_config_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="there is no"):
+        estimate(tmp_path)
+
+
+def test_a_config_may_be_a_file_a_folder_or_its_fields(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA), encoding="utf-8")
+
+    assert estimate(path) == estimate(tmp_path) == estimate(str(tmp_path)) == estimate(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"device": "tpu"}, "device must be"),
+        ({"card": "H1000"}, "no figures are known of the card 'H1000'"),
+        ({"compute_dtype": "int8"}, "compute_dtype must be one of"),
+        ({"longest_tokens": 1}, "longest_tokens must be a whole number"),
+        ({"mean_tokens": 0}, "mean_tokens must be a number"),
+        ({"mean_tokens": float("nan")}, "mean_tokens must be a number"),
+        ({"trained_share": 0}, "trained_share must be above 0"),
+        ({"block_size": 48}, "block_size must be a power of two"),
+        ({"device": "cpu", "cores": 0}, "cores must be a whole number"),
+    ],
+)
+def test_impossible_arguments_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        estimate(LLAMA, **options)
+
+    assert words in raised.value.message
+
+
+def test_a_family_that_is_not_known_is_taken_for_llama_and_it_is_said() -> None:
+    known, unknown = estimate(LLAMA), estimate({**LLAMA, "model_type": "brand_new"})
+
+    assert any("brand_new is not known" in sentence for sentence in unknown.assumed)
+    assert not any("not known" in sentence for sentence in known.assumed)
+    assert unknown.memory == known.memory
+
+
+def test_dropout_inside_the_model_is_named_as_left_out() -> None:
+    found = estimate({**LLAMA, "attention_dropout": 0.1})
+
+    assert any("own attention_dropout keeps is not counted" in one for one in found.assumed)
+
+
+def test_it_can_be_sent_as_json() -> None:
+    found = estimate(LLAMA)
+
+    answer = json.loads(json.dumps(found.as_dict()))
+
+    assert answer["memory"]["total_bytes"] == found.memory.total_bytes
+    assert answer["parameters"]["total"] == found.parameters.total
+    assert answer["step_time"]["low_s"] < answer["step_time"]["expected_s"]
+    assert answer["assumed"]
+
+
+def test_it_fits_what_is_as_large_as_its_peak() -> None:
+    found = estimate(LLAMA)
+
+    assert found.fits(found.memory.total_bytes)
+    assert not found.fits(found.memory.total_bytes - 1)
