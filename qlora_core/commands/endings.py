@@ -20,6 +20,9 @@ REFUSED = 2
 INTERRUPTED = 130
 """Of Ctrl-C, as shells have it."""
 
+_ENGINE = frozenset({"jinja2", "numpy", "safetensors", "tokenizers", "torch", "transformers"})
+"""What a command computes with; installing the command line alone does not bring these."""
+
 
 def guarded(command: Callable[P, R]) -> Callable[P, R]:
     """Turn the errors that a command may meet into a sentence and an exit code."""
@@ -30,6 +33,10 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
         except EngineError as error:
             _end(error.message)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in _ENGINE:
+                raise
+            _end(f"{error.name} is not installed; pip install 'nibble[engine]' brings it")
         except OSError as error:
             # Of two files the second is the one to be written.
             where = error.filename2 or error.filename or "a file"

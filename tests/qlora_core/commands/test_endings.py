@@ -1,5 +1,9 @@
 """Every error that a user can meet ends a command in one sentence; a mistake of ours stays a traceback."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import typer
@@ -57,3 +61,34 @@ def test_a_mistake_of_ours_is_not_hidden() -> None:
 
     with pytest.raises(RuntimeError, match="size mismatch"):
         command()
+
+
+@pytest.mark.parametrize("command", ["train", "estimate", "generate", "merge", "quantize"])
+def test_without_the_engines_packages_it_says_what_to_install(command: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('output = "x"\n[model]\npath = "x"\n[data]\ntrain = "x"\n')
+    arguments = {
+        "train": ["run.toml"],
+        "estimate": ["run.toml"],
+        "generate": ["x", "y"],
+        "merge": ["x", "y", "z", "--onto", "original"],
+        "quantize": ["x", "y"],
+    }
+    # As if they were not installed.
+    script = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'tokenizers', 'jinja2'): sys.modules[name] = None\n"
+        "from qlora_core.commands import main\n"
+        "main()\n"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, command, *arguments[command]],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+
+    assert done.returncode == 2, done.stderr
+    assert "pip install 'nibble[engine]'" in done.stderr
+    assert "Traceback" not in done.stderr
