@@ -26,11 +26,11 @@ from qlora_core.models.checkpoint_folder import (
     find_source,
     refuse_target,
     whole_config,
-    written_whole,
 )
 from qlora_core.models.skeleton import build_again
 from qlora_core.models.writing import fill_shards, shard_names, write_file, write_index
 from qlora_core.nn import lora_modules
+from qlora_core.whole_folder import written_whole
 
 _SHARD_BYTES = 5 * 10**9
 

@@ -1,14 +1,9 @@
-"""The folder of a checkpoint besides its weights: where it may be, its configuration, and what is copied into it.
-
-It is written beside its place and renamed into it at the end, so it is whole or not there.
-"""
+"""The folder of a checkpoint besides its weights: where it may be, its configuration, and what is copied into it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,6 +11,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from qlora_core.errors import ConfigError, ModelUnsupported
+from qlora_core.whole_folder import aside_of, real
 
 # What stands beside a model's weights: its tokenizer, its chat template, and its licence.
 _BESIDE = (
@@ -48,14 +44,14 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
         ConfigError: the folder is a file, a mount point, the current folder or above it, cannot be made, has files in it
             that are not to be replaced, or holds ``source``.
     """
-    target = _real(folder)
+    target = real(folder)
     if target.is_symlink():
         raise ConfigError(f"{folder} is a link that leads nowhere; name a folder to save to")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder to save to")
     if ".." in folder.parts and not folder.parent.is_dir():
         raise ConfigError(f"{folder} leads through a folder that is not there; name it without ..")
-    if source is not None and target in (_real(source), *_real(source).parents):
+    if source is not None and target in (real(source), *real(source).parents):
         raise ConfigError(f"{folder} holds the model that is to be saved; name another folder")
     here = Path.cwd()
     if target in (here, *here.parents):
@@ -64,7 +60,7 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
         raise ConfigError(
             f"{folder} is a mount point, which cannot be replaced; name a folder in it"
         )
-    aside = _aside(target)
+    aside = aside_of(target)
     if aside.exists() and not target.exists():
         raise ConfigError(
             f"{aside} is what {folder} was before a run that was cut off; rename it back, or delete it"
@@ -116,60 +112,3 @@ def copy_beside(model: PreTrainedModel, source: Path | None, folder: Path) -> No
             if path.is_file() and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
-
-
-@contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write in; it becomes ``folder`` on success and is removed on any failure.
-
-    What ``folder`` was before is there until the new one is in its place: beside it, if the machine stops in between.
-    """
-    target = _real(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f".{target.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
-        _put_in_place(unfinished, target)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        # A full disk does not say what could not be written to it.
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
-            error.filename = str(folder)
-        raise
-
-
-def _put_in_place(unfinished: Path, target: Path) -> None:
-    aside = _aside(target)
-    try:
-        if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
-            target.rename(aside)
-        unfinished.rename(target)
-    except BaseException:
-        if aside.exists() and not target.exists():
-            aside.rename(target)
-        raise
-    _flush(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _real(folder: Path) -> Path:
-    """Follow links, so that what a link leads to is replaced and not the link."""
-    return Path(os.path.realpath(folder))
-
-
-def _aside(target: Path) -> Path:
-    """Where the folder that was there before waits until the new one is in its place."""
-    return target.with_name(f".{target.name}.replaced")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,7 +1,4 @@
-"""Saves a model with NF4 layers as transformers and bitsandbytes read it.
-
-The folder is written beside its place and renamed into it at the end, so it is whole or not there.
-"""
+"""Saves a model with NF4 layers as transformers and bitsandbytes read it."""
 
 from __future__ import annotations
 
@@ -19,7 +16,6 @@ from qlora_core.models.checkpoint_folder import (
     find_source,
     refuse_target,
     whole_config,
-    written_whole,
 )
 from qlora_core.models.naming import checkpoint_names
 from qlora_core.models.readable import dense_layers, refuse_layers
@@ -30,6 +26,7 @@ from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.nf4_linear import NF4Linear
 from qlora_core.quant.checks import FLOATS
 from qlora_core.quoting import quoted
+from qlora_core.whole_folder import written_whole
 
 _SHARD_BYTES = 5 * 10**9
 

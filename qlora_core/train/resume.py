@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qlora_core.errors import ResumePointError
-from qlora_core.train.folders import step_folder, step_folders, written_whole
+from qlora_core.train.folders import step_folder, step_folders
 from qlora_core.train.progress import Progress
 from qlora_core.train.weights import Weights, fits, put_back, trained_weights
+from qlora_core.whole_folder import written_whole
 
 _KEPT = 2
 _MANIFEST = "manifest.json"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from qlora_core.export import save_adapter, save_tokenizer_files
 from qlora_core.train.events import CheckpointSaved, ResumePointSaved
-from qlora_core.train.folders import step_folder, written_whole
+from qlora_core.train.folders import step_folder
 from qlora_core.train.progress import Progress
 from qlora_core.train.resume import save_resume_point
 from qlora_core.train.run import Run
+from qlora_core.whole_folder import written_whole
 
 
 def keep_adapter(run: Run, folder: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -308,43 +306,6 @@ def test_memory_settings_may_differ(
     )
 
     assert result.steps == TOTAL_STEPS
-
-
-KILLED = """
-import importlib.util, os, sys
-from pathlib import Path
-
-# By its path: importing the package would load torch, which takes seconds.
-spec = importlib.util.spec_from_file_location("folders", "qlora_core/train/folders.py")
-folders = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(folders)
-written_whole = folders.written_whole
-
-target = Path(sys.argv[1])
-with written_whole(target) as folder:
-    (folder / "data").write_text("new")
-    if sys.argv[2] == "inside":
-        os.kill(os.getpid(), 9)
-"""
-
-
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_folder_is_whole_or_not_there_whenever_the_writer_dies(
-    existing: bool, tmp_path: Path
-) -> None:
-    target = tmp_path / "step-1"
-    if existing:
-        target.mkdir()
-        (target / "data").write_text("old")
-    write = [sys.executable, "-c", KILLED, str(target)]
-
-    subprocess.run([*write, "inside"], cwd=Path(__file__).parents[3], timeout=60)
-    after_kill = (target / "data").read_text() if target.exists() else None
-    subprocess.run([*write, "never"], cwd=Path(__file__).parents[3], timeout=60, check=True)
-
-    assert after_kill == ("old" if existing else None)
-    assert (target / "data").read_text() == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_the_state_is_readable_by_people(run: Run, tmp_path: Path) -> None:
