@@ -45,7 +45,7 @@ class RunFolder:
         self.path = path
         if path.exists() and not path.is_dir():
             raise ConfigError(f"{path} is a file; name a folder for the run")
-        self.is_begun = any(_STARTED in line for line in _lines(path / EVENTS))
+        self.is_begun = _holds_run(path)
         if self.is_begun and not resume:
             raise ConfigError(
                 f"{path} has a run in it; go on with it by --resume, or name another folder by --out"
@@ -86,7 +86,7 @@ class RunFolder:
         """Hold the folder for this process; inside, `tell` writes.
 
         Raises:
-            ConfigError: another process is training in it.
+            ConfigError: another process is training in it, or has done so since this one looked.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / EVENTS).open("a+", encoding="utf-8") as self._file:
@@ -94,6 +94,8 @@ class RunFolder:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError(f"another process is training in {self.path}") from None
+            if self.is_begun != _holds_run(self.path):
+                raise ConfigError(f"another process has begun a run in {self.path} meanwhile")
             if self.is_begun:
                 self._end_torn_line()
             else:
@@ -140,6 +142,10 @@ def weights_fingerprint(model: Path) -> str:
             file.seek(max(0, nbytes - _END_BYTES))
             digest.update(file.read(_END_BYTES))
     return digest.hexdigest()
+
+
+def _holds_run(folder: Path) -> bool:
+    return any(_STARTED in line for line in _lines(folder / EVENTS))
 
 
 def _lines(path: Path) -> Iterator[str]:

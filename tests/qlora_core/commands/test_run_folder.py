@@ -106,6 +106,18 @@ def test_two_at_once_are_refused(tmp_path: Path, config: Path) -> None:
         pass
 
 
+def test_a_run_that_another_process_began_and_ended_meanwhile_is_not_written_over(
+    tmp_path: Path, config: Path
+) -> None:
+    late = RunFolder(tmp_path / "out", resume=False)
+    start(tmp_path / "out", config)
+
+    with pytest.raises(ConfigError, match="meanwhile"), late.begun(config, INPUTS):
+        pass
+
+    assert [event["kind"] for event in late.events()] == ["run_started"]
+
+
 def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path: Path, config: Path) -> None:
     start(tmp_path / "out", config)
     with (tmp_path / "out" / "events.jsonl").open("a") as file:
