@@ -9,7 +9,6 @@ import argparse
 import json
 import random
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench.surroundings import RESULTS, ROOT, commit
 from qlora_core.data import Batching, Dataset, epoch_order, pass_tokens, windows
 from qlora_core.data.dataset import Examples
 from qlora_core.models import load_model
@@ -24,9 +24,6 @@ from qlora_core.nn import LoraConfig, add_lora
 from qlora_core.text import EncodedExample
 from qlora_core.train.loss import SupervisedLoss
 from qlora_core.train.packing import choose_packing
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 
 
 def main() -> int:
@@ -96,15 +93,9 @@ def _tokens_per_s(
 
 
 def _keep(device: torch.device, found: dict[str, Any]) -> None:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"packing-{device.type}-{commit.stdout.strip()}.json"
+    file = RESULTS / f"packing-{device.type}-{commit()}.json"
     file.write_text(json.dumps({"device": name, "torch": torch.__version__} | found) + "\n")
     print(f"Kept in {file.relative_to(ROOT)}")
 
