@@ -130,11 +130,11 @@ def _packed(
     """Attend by example in a packed row, over all of them at once in padded ones."""
     if rows.lengths is None:
         masked = is_masked(layer, rows.width)
-        found = _kernel(
+        mixed = _kernel(
             tape, model, rows.count, rows.width, query, key, value, masked=masked, on_gpu=on_gpu
         )
         # The kernel lays its result out as the queries lie, and a concatenation lies by heads.
-        return copy(tape, found) if _cuts(model) else found
+        return copy(tape, mixed) if _cuts(model) else mixed
     if on_gpu and not model.family.eager:
         return _kernel(tape, model, 1, rows.tokens, query, key, value, masked=False, on_gpu=True)
     widths = (model.query_width, model.kv_width, model.kv_width)

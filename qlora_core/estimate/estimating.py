@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from qlora_core.errors import ConfigError
 from qlora_core.estimate.adapter import Adapter, choose_adapter
-from qlora_core.estimate.architecture import Architecture, describe
+from qlora_core.estimate.architecture import Architecture
+from qlora_core.estimate.describing import describe
 from qlora_core.estimate.devices import CPU_CORE, Figures, figures_of, known_cards
 from qlora_core.estimate.memory import estimate_memory
 from qlora_core.estimate.operations import FLOAT32
@@ -69,20 +70,12 @@ def estimate(
     model = describe(*read_model_config(model_config))
     figures = _figures(device, card, cores)
     examples = _examples(settings, model, longest_tokens, mean_tokens, trained_share)
-    if block_size not in _BLOCK_SIZES:
-        raise ConfigError(f"block_size must be a power of two from 32 to 4096, not {block_size!r}")
-    dtype = compute_dtype or ("bfloat16" if device == "cuda" else "float32")
-    if dtype not in _BYTES:
-        raise ConfigError(f"compute_dtype must be one of {', '.join(_BYTES)}, not {dtype!r}")
-    storage = Storage(_BYTES[dtype], block_size, double_quant)
+    storage = _storage(device, compute_dtype, block_size, double_quant=double_quant)
     product_bytes = storage.dense_bytes if device == "cuda" else FLOAT32
     adapter = choose_adapter(model, settings.lora)
     counts = count_parameters(model, adapter, storage)
     largest = largest_pass(settings, examples)
-    tokens = max(
-        largest.tokens if largest.lengths else examples.longest,
-        round(settings.batch_size * examples.mean),
-    )
+    tokens = round(settings.batch_size * examples.mean)
     passes = count_passes(settings, examples, largest)
     memory = estimate_memory(
         model,
@@ -132,6 +125,16 @@ def _figures(device: str, card: str, cores: int) -> Figures:
         raise ConfigError(f'device must be "cuda" or "cpu", not {device!r}')
     check_integer("cores", cores, 1, 1024)
     return Figures(f"{cores} x {CPU_CORE.name}", cores * CPU_CORE.tflops, cores * CPU_CORE.gb_per_s)
+
+
+def _storage(device: str, dtype: str | None, block_size: int, *, double_quant: bool) -> Storage:
+    """Say how the base model is kept."""
+    if block_size not in _BLOCK_SIZES:
+        raise ConfigError(f"block_size must be a power of two from 32 to 4096, not {block_size!r}")
+    dtype = dtype or ("bfloat16" if device == "cuda" else "float32")
+    if dtype not in _BYTES:
+        raise ConfigError(f"compute_dtype must be one of {', '.join(_BYTES)}, not {dtype!r}")
+    return Storage(_BYTES[dtype], block_size, double_quant)
 
 
 def _examples(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from types import NoneType
 from typing import Any, Protocol
 
 from qlora_core.errors import ConfigError
@@ -49,6 +50,8 @@ class LoraSettings:
             raise ConfigError(f"LoRA's dropout must be in [0, 1), not {self.dropout!r}")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             _check_names(name, getattr(self, name))
+        if not self.target_modules:
+            raise ConfigError("LoRA's target_modules must not be empty")
         if not isinstance(self.rank_pattern, Mapping):
             raise ConfigError(
                 f"LoRA's rank_pattern must map names to ranks, not {self.rank_pattern!r}"
@@ -83,8 +86,9 @@ class TrainSettings:
         check_integer("context_length", self.context_length, 2, 2**24)
         check_integer("micro_batch_tokens", self.micro_batch_tokens, 1, 2**31 - 1)
         check_integer("early_stopping_patience", self.early_stopping_patience, 0, 2**31 - 1)
-        for name in ("packing", "gradient_checkpointing"):
-            if not isinstance(getattr(self, name), bool):
+        for name in ("packing", "gradient_checkpointing", "load_best_at_end"):
+            may_be_none = name == "load_best_at_end"
+            if not isinstance(getattr(self, name), (bool, NoneType) if may_be_none else bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     @property
@@ -103,7 +107,11 @@ def read_settings(config: Mapping[str, Any] | HasDict | None) -> TrainSettings:
     """
     if config is None:
         return TrainSettings()
-    values = dict(config) if isinstance(config, Mapping) else config.as_dict()
+    if not isinstance(config, Mapping):
+        if not hasattr(config, "as_dict"):
+            raise ConfigError(f"settings must be a table or a TrainConfig, not {config!r}")
+        config = config.as_dict()
+    values = dict(config)
     lora = values.pop("lora", None) or {}
     if not isinstance(lora, Mapping):
         raise ConfigError(f"lora must be a table of settings, not {type(lora).__name__}")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qlora_core import add_lora, estimate, load_model
 from qlora_core.errors import LoraTargetError
 from qlora_core.estimate.adapter import choose_adapter
-from qlora_core.estimate.architecture import describe
+from qlora_core.estimate.describing import describe
 from qlora_core.estimate.settings import read_settings
 from qlora_core.models.census import take_census
 from qlora_core.nn import LoraConfig

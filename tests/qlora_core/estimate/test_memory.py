@@ -55,8 +55,12 @@ def both(
     return estimated, measure_step(config, settings, lengths, folder, getattr(torch, dtype))
 
 
-def assert_close(estimated: Estimate, measured: Measured, within: float = 0.1) -> None:
-    """Hold each kind that is a twentieth of the whole or more, and the whole, to what was counted."""
+def assert_close(estimated: Estimate, measured: Measured) -> None:
+    """Hold each kind that is a twentieth of the whole or more, and the whole, to what was counted.
+
+    A random mixture's routers do not spread the tokens evenly, as the estimate has them.
+    """
+    within = 0.1 if any("experts" in one for one in estimated.assumed) else 0.05
     found = estimated.memory.as_dict()
     for kind in _KINDS:
         real = getattr(measured, f"{kind}_bytes")
@@ -83,27 +87,31 @@ def test_every_family_takes_what_is_estimated(
     assert_close(estimated, measured)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"lora": {"r": 64}},
-        {"lora": {"r": 8, "dropout": 0.1}},
-        {"lora": {"r": 8, "target_modules": ["q_proj", "down_proj"]}},
-        {"lora": {"r": 8, "target_modules": ["lm_head", "o_proj"]}},
-        {"lora": {"r": 8, "modules_to_save": ["embed_tokens", "lm_head"]}},
-        {"lora": {"r": 8, "modules_to_save": ["lm_head"]}, "gradient_checkpointing": False},
-        {"lora": {"r": 8, "dropout": 0.1}, "gradient_checkpointing": False, "packing": False},
-    ],
-    ids=["rank 64", "dropout", "two layers", "head adapted", "embeddings", "head kept", "padded"],
-)
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_adapters_take_what_is_estimated(
-    family: str, options: dict[str, Any], tmp_path: Path
-) -> None:
-    if family == "gemma3_text" and "lm_head" in options["lora"].get("target_modules", ()):
-        pytest.skip("its head is its embeddings")
+_ADAPTERS: dict[str, dict[str, Any]] = {
+    "rank 64": {"lora": {"r": 64}},
+    "dropout": {"lora": {"r": 8, "dropout": 0.1}},
+    "two layers": {"lora": {"r": 8, "target_modules": ["q_proj", "down_proj"]}},
+    "embeddings": {"lora": {"r": 8, "modules_to_save": ["embed_tokens", "lm_head"]}},
+    "head kept": {
+        "lora": {"r": 8, "modules_to_save": ["lm_head"]},
+        "gradient_checkpointing": False,
+    },
+    "padded": {"lora": {"r": 8, "dropout": 0.1}, "gradient_checkpointing": False, "packing": False},
+}
 
-    estimated, measured = both(family, [170, 170, 170, 170], tmp_path, **options)
+
+@pytest.mark.parametrize("adapter", _ADAPTERS)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_adapters_take_what_is_estimated(family: str, adapter: str, tmp_path: Path) -> None:
+    estimated, measured = both(family, [170, 170, 170, 170], tmp_path, **_ADAPTERS[adapter])
+
+    assert_close(estimated, measured)
+
+
+def test_an_adapter_over_the_head_is_counted(tmp_path: Path) -> None:
+    lora = {"r": 8, "target_modules": ["lm_head", "o_proj"]}
+
+    estimated, measured = both("llama", [170, 170, 170, 170], tmp_path, lora=lora)
 
     assert_close(estimated, measured)
 
@@ -148,7 +156,7 @@ def test_a_large_vocabulary_is_there_in_chunks(checkpointing: bool, tmp_path: Pa
         "llama",
         [300, 300],
         tmp_path,
-        changes={"vocab_size": 150_001, "hidden_size": 32, "intermediate_size": 64},
+        changes={"vocab_size": 70_001, "hidden_size": 32, "intermediate_size": 64},
         micro_batch_tokens=600,
         gradient_checkpointing=checkpointing,
     )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_core import estimate
-from qlora_core.errors import ConfigError, ModelNotFound, ModelUnsupported
+from qlora_core.errors import ConfigError, EngineError, ModelNotFound, ModelUnsupported
+from qlora_core.estimate.families import FAMILIES
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -24,7 +28,7 @@ LLAMA: dict[str, Any] = {
         ({"hidden_size": -64}, "hidden_size must be a whole number from 1"),
         ({"hidden_size": "64"}, "hidden_size must be a whole number"),
         ({"vocab_size": True}, "vocab_size must be a whole number"),
-        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number from 1 to 10,000"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must be a whole number from 1 to 1,000"),
         ({"num_attention_heads": 5}, "do not go into a width of 64"),
         ({"num_key_value_heads": 3}, "do not go into a width of 64"),
         ({"text_config": {"hidden_size": 8}}, "multimodal model"),
@@ -115,3 +119,36 @@ def test_it_fits_what_is_as_large_as_its_peak() -> None:
 
     assert found.fits(found.memory.total_bytes)
     assert not found.fits(found.memory.total_bytes - 1)
+
+
+_FIELDS = (
+    "hidden_size", "vocab_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "tie_word_embeddings", "sliding_window", "use_sliding_window", "sliding_window_pattern", "layer_types",
+    "max_window_layers", "rope_parameters", "rope_scaling", "partial_rotary_factor", "attention_chunk_size",
+    "attention_bias", "mlp_bias", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers", "attention_dropout", "text_config",
+)  # fmt: skip
+_NUMBERS = st.integers(-2, 40) | st.sampled_from([2**31 - 1, 2**80]) | st.floats() | st.booleans()
+_VALUES = (
+    st.none() | _NUMBERS | st.text(max_size=3)
+    | st.lists(_NUMBERS | st.sampled_from(["sliding_attention", "full_attention"]), max_size=3)
+    | st.dictionaries(st.sampled_from(["rope_type", "partial_rotary_factor", "x"]), _NUMBERS | st.just("dynamic"))
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    family=st.sampled_from([*FAMILIES, "new"]),
+    changes=st.dictionaries(st.sampled_from(_FIELDS), _VALUES, max_size=6),
+)
+def test_whatever_a_config_holds_is_estimated_or_refused_in_a_sentence(
+    family: str, changes: dict[str, Any]
+) -> None:
+    config = {**LLAMA, "num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4}
+    config |= {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 16}
+
+    with suppress(EngineError):
+        found = estimate({**config, "model_type": family, **changes}, {"context_length": 64})
+
+        assert found.memory.total_bytes > 0
+        assert all(value >= 0 for value in found.memory.as_dict().values())

@@ -61,6 +61,9 @@ def test_pefts_spelling_is_taken_too() -> None:
         ({"lora": {"r": 0}}, "LoRA's r must be a whole number"),
         ({"lora": {"dropout": 1.0}}, "dropout must be in"),
         ({"lora": {"dropout": float("nan")}}, "dropout must be in"),
+        ({"lora": {"target_modules": []}}, "target_modules must not be empty"),
+        ({"load_best_at_end": 1}, "load_best_at_end must be true or false"),
+        ("batch_size=3", "must be a table"),
         ({"lora": {"target_modules": 3}}, "target_modules must be a list of names"),
         ({"lora": {"target_modules": [""]}}, "target_modules must be a list of names"),
         ({"lora": {"target_modules": "(q"}}, "no regular expression"),
@@ -69,7 +72,7 @@ def test_pefts_spelling_is_taken_too() -> None:
         ({"lora": {"rank_pattern": ["q"]}}, "rank_pattern must map"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_sentence(config: dict[str, Any], words: str) -> None:
+def test_what_is_wrong_is_said_in_a_sentence(config: Any, words: str) -> None:
     with pytest.raises(ConfigError) as raised:
         read_settings(config)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from qlora_core import add_lora, estimate
 from qlora_core.estimate.adapter import choose_adapter
-from qlora_core.estimate.architecture import describe
+from qlora_core.estimate.describing import describe
 from qlora_core.estimate.settings import read_settings
 from qlora_core.estimate.step_time import training_flops
 from qlora_core.nn import LoraConfig
