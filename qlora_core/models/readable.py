@@ -18,11 +18,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from qlora_core.errors import ConfigError, ModelUnsupported
 from qlora_core.models.checkpoint_folder import refuse_target
 from qlora_core.models.choice import choose_layers
+from qlora_core.models.dtypes import DTYPE_OF
 from qlora_core.models.files import find_weights, read_config
 from qlora_core.models.prequantized import group_tensors, refuse_other_formats
 from qlora_core.models.skeleton import build_skeleton
-
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+from qlora_core.quant.checks import FLOATS
 
 
 def refuse_beforehand(
@@ -45,7 +45,8 @@ def refuse_beforehand(
     nbytes: Counter[str] = Counter()
     for place in places.values():
         nbytes[place.dtype] += place.nbytes
-    dtype = _DTYPES.get(nbytes.most_common(1)[0][0], torch.float32)
+    found = DTYPE_OF.get(nbytes.most_common(1)[0][0])
+    dtype = found if found in FLOATS else torch.float32
     skeleton = build_skeleton(source, dtype)
     choice = choose_layers(skeleton, skip_modules)
     refuse_layers(skeleton, choice.linears, choice.experts)

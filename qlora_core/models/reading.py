@@ -17,24 +17,11 @@ import torch
 from torch import Tensor
 
 from qlora_core.errors import ModelUnsupported, ModelWeightsInvalid
+from qlora_core.models.dtypes import DTYPE_OF
 from qlora_core.models.files import WeightFiles
 from qlora_core.models.header import TensorPlace
 from qlora_core.quant.devices import launching_on
 
-_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
 _STAGING_BYTES = 32 * 2**20
 
 
@@ -125,7 +112,7 @@ class TensorReader:
 
     def _read(self, name: str, out: Tensor) -> Tensor:
         place = self._files.places[name]
-        dtype = _DTYPES.get(place.dtype)
+        dtype = DTYPE_OF.get(place.dtype)
         if dtype is None:
             raise ModelUnsupported(
                 f"{name} is {place.dtype} in the checkpoint; only float16, bfloat16 and float32 "

@@ -9,20 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_core.models.dtypes import NAME_OF
 from qlora_core.models.header import BITS_OF, write_header
-
-_NAMES = {
-    torch.bool: "BOOL",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-}
 
 
 def write_tensors(
@@ -81,9 +69,9 @@ def fill_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None]) -> None:
     """Write one file; ``wrote`` is called with the bytes of each tensor."""
     # The largest elements first, so that each tensor is aligned to the size of its own.
-    ordered = sorted(tensors, key=lambda name: -BITS_OF[_NAMES[tensors[name].dtype]])
+    ordered = sorted(tensors, key=lambda name: -BITS_OF[NAME_OF[tensors[name].dtype]])
     header = write_header(
-        (name, _NAMES[tensors[name].dtype], tuple(tensors[name].shape)) for name in ordered
+        (name, NAME_OF[tensors[name].dtype], tuple(tensors[name].shape)) for name in ordered
     )
     with path.open("wb") as file:
         file.write(header)
