@@ -1,6 +1,6 @@
 """One optimizer step: gradients of a window of examples added up, clipped, applied and reported.
 
-A window is split into micro-batches that fit memory; each one's loss is divided by the trained tokens
+A window is split into micro-batches that fit memory; their summed gradients are divided by the trained tokens
 of the whole window, so that the gradient is that of one big batch however it is split.
 """
 
@@ -115,12 +115,16 @@ def accumulate(run: Run, window: Sequence[int]) -> WindowSums:
     n_tokens = 0
     for batch in run.batching.split(run.dataset, window):
         found = run.loss_of(batch.to(run.model.device))
-        (found.loss / n_trained).backward()
+        found.loss.backward()
         losses.append(found.loss.detach())
         hits.append(found.n_correct)
         of_examples.append(found.example_losses)
         examples += batch.examples
         n_tokens += batch.n_tokens
+    # Not before: what a token adds to a mean over thousands is too little for float16.
+    for parameter in run.parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(n_trained)
     # Read at the end of the window: each reading waits for the device.
     sums: list[float] = torch.cat(of_examples).tolist()
     return WindowSums(

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qlora_core import Dataset, TextEncoder, TrainConfig
+from qlora_core import Dataset, TextEncoder, TrainConfig, load_model
 from qlora_core.nn import LoraConfig, lora_modules
 from qlora_core.train import Event, StepMetrics
 from qlora_core.train.flops import training_flops
 from qlora_core.train.progress import Progress
 from qlora_core.train.run import Run, prepare
 from qlora_core.train.step import accumulate, take_step
+from tests.tiny_models import save_tiny_llama
 
 Prepare = Callable[..., tuple[Run, list[Event]]]
 
@@ -88,6 +89,36 @@ def test_however_it_is_split_the_gradient_is_that_of_one_big_batch(
     assert sums.loss / sums.n_trained == pytest.approx(loss, rel=1e-5)
     for actual, wanted in zip(_taken_gradients(run), expected, strict=True):
         assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_many_tokens_in_a_step_leave_a_float16_gradient_what_it_is(
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    """A mean over thousands of tokens is so small to each of them that float16 rounds it away."""
+    base = save_tiny_llama(tmp_path / "base")
+    dataset, gradients = make_dataset(31, repeat=20), list[list[torch.Tensor]]()
+
+    for dtype in (torch.float32, torch.float16):
+        model = load_model(base, device="cpu", compute_dtype=dtype)
+        run = prepare(
+            model, encoder, dataset, config(batch_size=len(dataset)), lambda _: None,
+            output_dir=tmp_path, validation=None, sample_prompts=(), base_model=None, adapter=None,
+        )  # fmt: skip
+        torch.manual_seed(1)
+        for adapter in lora_modules(model).values():
+            torch.nn.init.normal_(adapter.lora_B, std=0.02)
+        accumulate(run, run.window(Progress()))
+        gradients.append(_taken_gradients(run))
+
+    differences = [
+        float((actual - wanted).norm() / wanted.norm())
+        for wanted, actual in zip(*gradients, strict=True)
+    ]
+    assert sum(dataset.trained_counts) > 5000
+    assert max(differences) < 2e-3
 
 
 def test_recomputed_activations_give_the_same_gradient_to_the_bit(prepared: Prepare) -> None:
