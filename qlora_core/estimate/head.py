@@ -5,6 +5,8 @@ Stands for `qlora_core.train.loss.SupervisedLoss`, where the backward pass over 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qlora_core.estimate.architecture import HEAD
 from qlora_core.estimate.decoder import Decoder
 from qlora_core.estimate.operations import FLOAT32, INT64, activate, cast, gather, part, scale
@@ -86,7 +88,9 @@ def _logits(decoder: Decoder, tape: Tape, chunk: Value) -> Value:
     if decoder.adapter.head:
         logits = _trained_head(decoder, tape, chunk)
     elif rank is not None:
-        logits = adapted(tape, chunk, head, rank, decoder.products, quantized=False)
+        # The gradients of a chunk are added to the sums of all of them.
+        summed = replace(decoder.products, keeps_gradients=False)
+        logits = adapted(tape, chunk, head, rank, summed, quantized=False)
     else:
         logits = plain(tape, chunk, head)
     if family.scaled_logits:
