@@ -8,19 +8,17 @@ median of the processes' medians. Other work on the machine shows in the range.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+from bench.surroundings import RESULTS, ROOT, surroundings
+
 CONTENDERS = ("bitsandbytes", "ours")
 # What of ours is compared with what of theirs.
 RIVALS = {
@@ -167,36 +165,11 @@ def _shape(text: str) -> tuple[int, int]:
 def _about() -> dict[str, Any]:
     import torch
 
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cpus": os.cpu_count(),
+    return surroundings("torch", "bitsandbytes", "llvmlite") | {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "load": os.getloadavg()[0],
         "transparent_hugepages": pages.read_text().strip() if pages.exists() else None,
-        "commit": _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or "unknown",
-        "versions": {"python": platform.python_version()}
-        | {name: _version(name) for name in ("torch", "bitsandbytes", "llvmlite")},
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _output(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

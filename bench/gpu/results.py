@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ import torch
 
 from bench.gpu import rivals
 from bench.gpu.groups import Rows
+from bench.surroundings import ROOT, versions
 
-ROOT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "triton", "transformers", "bitsandbytes")
 
 
@@ -66,17 +64,9 @@ def _about(device: str, commit: str | None) -> dict[str, Any]:
             "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"
         ),
         "commit": commit or _output(*described) or "unknown",
-        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda}
-        | {name: _version(name) for name in _PACKAGES},
+        "versions": versions(*_PACKAGES) | {"cuda": torch.version.cuda},
         "bitsandbytes cannot be used": rivals.why_absent(device),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _output(*command: str) -> str | None:
