@@ -1,19 +1,16 @@
 """Loading is quantizing the dense model: whatever the family, the shards or the names in the file."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_core import (
-    LoraConfig,
     NF4Linear,
-    add_lora,
     load_model,
     quantize_nf4,
     save_quantized,
@@ -22,7 +19,11 @@ from tests.qlora_core.models.families import save_tiny
 from tests.tiny_models import save_tiny_gemma2, save_tiny_llama, save_tiny_qwen2
 
 Save = Callable[..., Path]
+
+
 FAMILIES = [save_tiny_llama, save_tiny_qwen2, save_tiny_gemma2]
+
+
 IDS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -109,14 +110,6 @@ def test_a_tied_head_shares_the_embeddings_memory(tmp_path: Path, save: Save) ->
     assert head.weight is embeddings.weight
 
 
-def test_a_tied_head_that_is_stored_under_its_own_name_only_is_found(tmp_path: Path) -> None:
-    folder = save_tiny_qwen2(tmp_path)
-    expected = load(folder)(IDS).logits
-    edit_weights(folder, lambda tensors: rename(tensors, "model.embed_tokens", "lm_head"))
-
-    assert torch.equal(load(folder)(IDS).logits, expected)
-
-
 def test_an_untied_head_stays_dense_unless_told_otherwise(tmp_path: Path) -> None:
     folder = save_tiny_llama(tmp_path)
 
@@ -136,144 +129,6 @@ def test_skipped_modules_stay_dense(tmp_path: Path, skip: str, n_dense: int) -> 
     dense = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert len(dense) == n_dense + 1
     assert all(path == "lm_head" or f".{skip}." in f".{path}." for path in dense)
-
-
-def test_names_of_older_checkpoints_are_renamed_as_transformers_does(tmp_path: Path) -> None:
-    # transformers stores LayerNorm.gamma and .beta of old checkpoints as weight and bias.
-    folder = save_tiny_llama(tmp_path)
-    expected = load(folder)(IDS).logits
-    edit_weights(
-        folder, lambda tensors: rename(tensors, "model.norm.weight", "model.norm.LayerNorm.gamma")
-    )
-    with pytest.raises(Exception, match=r"model\.norm\.LayerNorm\.gamma"):
-        load(folder)  # Llama has no such module, so the new name must not fit either
-    edit_weights(
-        folder, lambda tensors: rename(tensors, "model.norm.LayerNorm.gamma", "model.norm.weight")
-    )
-
-    assert torch.equal(load(folder)(IDS).logits, expected)
-
-
-def test_a_checkpoint_of_the_base_model_without_its_prefix_is_loaded(tmp_path: Path) -> None:
-    folder = save_tiny_qwen2(tmp_path)
-    expected = load(folder)(IDS).logits
-    edit_weights(
-        folder, lambda tensors: {name.removeprefix("model."): t for name, t in tensors.items()}
-    )
-
-    assert torch.equal(load(folder)(IDS).logits, expected)
-
-
-def test_fused_checkpoint_tensors_are_split_by_transformers_own_conversion(tmp_path: Path) -> None:
-    from transformers import AutoConfig
-
-    # HRM stores gate|up and gate|q|k|v each as one tensor; the model has them apart.
-    config = AutoConfig.for_model(
-        "hrm_text",
-        vocab_size=384,
-        hidden_size=64,
-        intermediate_size=96,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    assert any(name.endswith("gate_up_proj.weight") for name in stored)
-
-    model = load(tmp_path)
-
-    expected = transformers_own(tmp_path)
-    for path, module in model.named_modules():
-        if isinstance(module, NF4Linear):
-            linear = expected.get_submodule(path)
-            assert isinstance(linear, nn.Linear)
-            linear.weight.data.copy_(module.nf4.dequantize())
-    assert sum("gate_proj" in name for name, _ in model.named_modules()) > 0
-    assert torch.equal(model(IDS).logits, expected(IDS).logits)
-
-
-def test_saved_rotary_frequencies_of_older_checkpoints_are_ignored(tmp_path: Path) -> None:
-    folder = save_tiny_llama(tmp_path)
-    expected = load(folder)(IDS).logits
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    edit_weights(folder, lambda tensors: {**tensors, name: torch.ones(8)})
-
-    assert torch.equal(load(folder)(IDS).logits, expected)
-
-
-def test_progress_counts_the_bytes_up_to_all_of_them(tmp_path: Path) -> None:
-    folder = save_tiny_llama(tmp_path, shard_bytes=60_000)
-    told: list[tuple[int, int]] = []
-
-    load(folder, on_progress=lambda done, total: told.append((done, total)))
-
-    total = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert len(told) > 10
-    assert {whole for _, whole in told} == {total}
-    assert [done for done, _ in told] == sorted(done for done, _ in told)
-    assert told[-1] == (total, total)
-
-
-def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
-    folder = save_tiny_llama(tmp_path)
-    before = torch.random.get_rng_state()
-
-    load(folder)
-
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_loaded_in_inference_mode_a_model_is_trained_outside_of_it(tmp_path: Path) -> None:
-    folder = save_tiny_qwen2(tmp_path)  # with biases and a tied head
-    with torch.inference_mode():
-        model = load(folder)
-
-    add_lora(model, LoraConfig(r=4))
-    model(IDS, labels=IDS).loss.backward()
-
-    assert not any(one.is_inference() for one in [*model.parameters(), *model.buffers()])
-    trained = [one for one in model.parameters() if one.requires_grad]
-    assert trained
-    assert all(one.grad is not None for one in trained)
-
-
-@pytest.mark.parametrize("name", ["meta", "cpu"])
-def test_torchs_default_device_is_not_asked(tmp_path: Path, name: str) -> None:
-    folder = save_tiny_llama(tmp_path)
-    expected = load(folder)(IDS).logits
-
-    with torch.device(name):
-        model = load(folder)
-
-    assert {one.device.type for one in [*model.parameters(), *model.buffers()]} == {"cpu"}
-    assert torch.equal(model(IDS).logits, expected)
-
-
-def test_torchs_default_dtype_is_not_asked(tmp_path: Path) -> None:
-    folder = save_tiny_llama(tmp_path)
-    expected = load(folder)
-
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = load(folder)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-    wanted = {name: one.dtype for name, one in expected.named_buffers()}
-    assert {name: one.dtype for name, one in model.named_buffers()} == wanted
-    assert torch.equal(model(IDS).logits, expected(IDS).logits)
-
-
-def test_the_folders_generation_settings_are_used(tmp_path: Path) -> None:
-    folder = save_tiny_llama(tmp_path)
-    settings = {"eos_token_id": [2, 7], "temperature": 0.5, "do_sample": True}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-
-    model = load(folder)
-
-    assert model.generation_config is not None
-    assert model.generation_config.eos_token_id == [2, 7]
-    assert model.name_or_path == str(folder)
 
 
 def test_modules_that_the_architecture_wants_in_float32_stay_so(
@@ -335,14 +190,3 @@ def test_on_a_gpu_a_family_and_its_saved_form_are_those_of_the_cpu(
         rtol=1e-2,
         atol=1e-2,
     )
-
-
-def edit_weights(
-    folder: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-) -> None:
-    path = folder / "model.safetensors"
-    save_file(edit(load_file(path)), path, metadata={"format": "pt"})
-
-
-def rename(tensors: dict[str, torch.Tensor], old: str, new: str) -> dict[str, torch.Tensor]:
-    return {name.replace(old, new): tensor for name, tensor in tensors.items()}
