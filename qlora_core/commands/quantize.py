@@ -19,6 +19,8 @@ from qlora_core.commands.progress import byte_bar
 from qlora_core.commands.quantization import Scale
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_core.models.census import Census
 
 
@@ -83,6 +85,17 @@ def quantize(
     _print_summary(
         out, take_census(loaded), before, after, seconds=time.monotonic() - began, on_gpu=on_gpu
     )
+    if quantize_head and _is_head_tied(loaded):
+        typer.echo("The output head is the embeddings' own weight, which stays as it is.", err=True)
+
+
+def _is_head_tied(model: PreTrainedModel) -> bool:
+    from torch import nn
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or not isinstance(embeddings, nn.Embedding):
+        return False
+    return head.weight is embeddings.weight
 
 
 def _weight_bytes(paths: Iterable[Path]) -> int:

@@ -18,7 +18,7 @@ from qlora_core import NF4Linear, load_model
 from qlora_core.commands import app
 from qlora_core.models.header import write_header
 from tests.qlora_core.models.families import save_tiny
-from tests.tiny_models import save_tiny_llama
+from tests.tiny_models import save_tiny_llama, save_tiny_qwen2
 
 IDS = torch.randint(3, 100, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -105,6 +105,18 @@ def test_the_options_arrive(tmp_path: Path, llama: Path) -> None:
     assert isinstance(layer, NF4Linear)
     assert (layer.block_size, layer.nested_absmax) == (128, None)
     assert torch.equal(model(IDS).logits, expected(IDS).logits)
+
+
+def test_a_head_that_cannot_be_quantized_is_told(tmp_path: Path, llama: Path) -> None:
+    tied = save_tiny_qwen2(tmp_path / "qwen2")
+
+    told = run(tied, tmp_path / "one", "--quantize-head")
+    unasked = run(tied, tmp_path / "two")
+    untied = run(llama, tmp_path / "three", "--quantize-head")
+
+    assert told.exit_code == 0, told.output
+    assert "The output head is the embeddings' own weight, which stays as it is." in told.stderr
+    assert "output head" not in unasked.stderr + untied.stderr
 
 
 def test_what_stays_dense_keeps_the_dtype_that_the_weights_have(
