@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,12 @@ def _refuse_unwritable(target: Path) -> None:
     above = next(one for one in target.parents if one.exists())
     if not above.is_dir():
         raise ConfigError(f"{above} is a file, so there can be no folder {target}")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ConfigError(f"{above} cannot be written to; name another folder")
+    try:
+        Path(tempfile.mkdtemp(prefix=".", dir=above)).rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{above} cannot be written to ({error.strerror}); name another folder"
+        ) from error
 
 
 def whole_config(model: PreTrainedModel, source: Path | None) -> Any:  # noqa: ANN401 - of any family

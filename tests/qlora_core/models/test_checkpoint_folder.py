@@ -60,6 +60,10 @@ def test_a_mount_point_is_refused(tmp_path: Path) -> None:
     assert "is a mount point" in refusal(folder)
 
 
+def test_a_place_where_nobody_can_make_a_folder_is_refused() -> None:
+    assert "/proc cannot be written to" in refusal("/proc/nf4")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(0o555)
