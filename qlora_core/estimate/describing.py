@@ -20,6 +20,7 @@ _NEEDED = (
 _OTHERWISE = (
     "kv_lora_rank", "mamba_d_state", "state_size", "ssm_state_size", "linear_num_value_heads", "attn_layer_period",
     "altup_num_inputs", "block_types", "compress_ratios", "encoder_layers", "num_kv_shared_layers",
+    "swiglu_limit", "first_k_dense_replace", "n_shared_experts",
 )  # fmt: skip
 _DROPOUTS = ("attention_dropout", "residual_dropout", "resid_pdrop", "embd_pdrop", "hidden_dropout")
 _MULTIMODAL = ("text_config", "vision_config", "audio_config", "thinker_config")
@@ -45,7 +46,9 @@ def describe(config: Mapping[str, Any], source: str) -> Architecture:
     assumed: tuple[str, ...] = ()
     if family is None:
         family = _guess(config)
-        assumed = (f"{model_type} is not known here and taken for a decoder like Llama's",)
+        assumed = (
+            f"{model_type} is not known here and taken for a decoder like Llama's, which may be a third off",
+        )
     dropouts = [name for name in _DROPOUTS if config.get(name)]
     if dropouts:
         assumed += (f"what the model's own {', '.join(dropouts)} keeps is not counted",)

@@ -33,6 +33,8 @@ LLAMA: dict[str, Any] = {
         ({"num_key_value_heads": 3}, "do not go into a width of 64"),
         ({"text_config": {"hidden_size": 8}}, "multimodal model"),
         ({"model_type": "new", "kv_lora_rank": 8}, "it has kv_lora_rank"),
+        ({"model_type": "new", "swiglu_limit": 7.0}, "it has swiglu_limit"),
+        ({"model_type": "new", "num_experts": 4, "n_shared_experts": 1}, "it has n_shared_experts"),
         ({"model_type": "mixtral"}, "num_local_experts must be a whole number"),
     ],
 )
