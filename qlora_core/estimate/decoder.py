@@ -128,6 +128,7 @@ class Decoder:
             return [None if last is None else again.run_backward(last, grad, outside)]
 
         kept = [hidden.memory, *turns, *masks]
+        # Torch keeps what the layer was given also where nothing in it needs a gradient.
         return tape.record(
             found.memory, elements, itemsize, [hidden], backward, saved=kept, trains=True
         )

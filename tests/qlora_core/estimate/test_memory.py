@@ -108,6 +108,22 @@ def test_adapters_take_what_is_estimated(family: str, adapter: str, tmp_path: Pa
     assert_close(estimated, measured)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+def test_layers_below_the_first_adapter_keep_no_more_than_their_input(
+    checkpointing: bool, tmp_path: Path
+) -> None:
+    estimated, measured = both(
+        "llama",
+        [170, 170, 170, 170],
+        tmp_path,
+        changes={"num_hidden_layers": 12},
+        gradient_checkpointing=checkpointing,
+        lora={"r": 8, "target_modules": r".*layers\.11\..*_proj"},
+    )
+
+    assert_close(estimated, measured)
+
+
 def test_an_adapter_over_the_head_is_counted(tmp_path: Path) -> None:
     lora = {"r": 8, "target_modules": ["lm_head", "o_proj"]}
 
