@@ -16,6 +16,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from qlora_core.ops.adamw.launch import launch_adamw
+from qlora_core.ops.adamw.moments import Moments8, Moments32
+from qlora_core.ops.adamw.settings import TILE, AdamWSettings
 from qlora_core.quant.codebook import BLOCK_SIZES
 from qlora_core.quant.double_quant.launch import launch_quantize as launch_quantize_absmax
 from qlora_core.quant.launches import DEQUANTIZE_NF4, QUANTIZE_NF4
@@ -49,10 +52,22 @@ def launches() -> Iterator[Callable[[], object]]:
         for nested in (False, True):
             yield partial(_dequantize, dtype, block_size, nested=nested)
     yield partial(launch_quantize_absmax, torch.zeros(300))
+    for moments in (_moments_32(), _moments_8()):
+        buffers = [torch.zeros(TILE), torch.zeros(TILE)]
+        yield partial(launch_adamw, *buffers, moments, torch.zeros(3), AdamWSettings(1e-3))
     # Slices begin anywhere.
     values = torch.zeros(5000, dtype=torch.bfloat16)[1:]
     yield partial(launch_quantize, values, block_size=64)
     yield partial(_dequantize, torch.bfloat16, 64, nested=True, skipped=1)
+
+
+def _moments_32() -> Moments32:
+    return Moments32(torch.zeros(TILE), torch.zeros(TILE))
+
+
+def _moments_8() -> Moments8:
+    codes = [torch.zeros(TILE, dtype=torch.uint8) for _ in range(2)]
+    return Moments8(*codes, *[torch.zeros(TILE // 256) for _ in range(2)])
 
 
 def _dequantize(dtype: torch.dtype, block_size: int, *, nested: bool, skipped: int = 0) -> None:

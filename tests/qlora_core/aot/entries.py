@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from qlora_core.ops.adamw import kernels as adamw
+from qlora_core.ops.adamw.launch import ADAMW_8, ADAMW_32
 from qlora_core.quant.codebook import BLOCK_SIZES, NESTED_BLOCK_SIZE
 from qlora_core.quant.double_quant.kernels import quantize_absmax_kernel
 from qlora_core.quant.launches import (
@@ -200,6 +202,49 @@ def quantize_absmax() -> Iterator[Entry]:
     )
 
 
+def adamw_32() -> Iterator[Entry]:
+    """A step with moments in 32 bits."""
+    moments = {"mean": "*fp32", "square": "*fp32"}
+    yield _adamw("adamw_32", adamw.adamw_32_kernel, moments, ADAMW_32, most_per_element=75)
+
+
+def adamw_8() -> Iterator[Entry]:
+    """A step with moments in 8 bits."""
+    moments = {
+        "mean": "*u8",
+        "square": "*u8",
+        "mean_absmax": "*fp32",
+        "square_absmax": "*fp32",
+        "mean_levels": "*fp32",
+        "mean_thresholds": "*fp32",
+        "mean_table": "*u8",
+        "square_levels": "*fp32",
+        "square_thresholds": "*fp32",
+        "square_table": "*u8",
+    }
+    yield _adamw("adamw_8", adamw.adamw_8_kernel, moments, ADAMW_8, most_per_element=165)
+
+
+def _adamw(
+    label: str, kernel: Any, moments: dict[str, str], launch: Launch, *, most_per_element: float
+) -> Entry:
+    numbers = ("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps")
+    return Entry(
+        label=label,
+        kernel=kernel,
+        types={"values": "*fp32", "gradients": "*fp32"}
+        | moments
+        | {"scalars": "*fp32"}
+        | dict.fromkeys(numbers, "fp32"),
+        constants={"TILE": launch.tile},
+        launch=launch,
+        # An exact root and exact quotients are made of them.
+        fused=None,
+        needs=(r"LDG\.E\.128", r"STG\.E\.128"),
+        most_per_element=most_per_element,
+    )
+
+
 def _told(launch: Launch, unaligned: tuple[str, ...]) -> str:
     lookup = "" if launch.gather else " through L1"
     slices = f", {' and '.join(unaligned)} anywhere" if unaligned else ""
@@ -212,6 +257,8 @@ FAMILIES: tuple[Callable[[], Iterator[Entry]], ...] = (
     dequantize_nf4,
     dequantize_nf4_rest,
     quantize_absmax,
+    adamw_32,
+    adamw_8,
 )
 
 
