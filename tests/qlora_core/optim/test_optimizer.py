@@ -32,6 +32,21 @@ def test_adamw_follows_the_papers_formula() -> None:
     torch.testing.assert_close(param.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_adamw_8bit_keeps_two_bytes_and_a_share_of_two_scales_per_element() -> None:
+    param = torch.nn.Parameter(torch.zeros(512))
+
+    optimizer = build_optimizer("adamw_8bit", [param], learning_rate=0.1)
+
+    kept = {name: value.nbytes for name, value in optimizer.state[param].items()}
+    assert kept == {
+        "step": 4,
+        "exp_avg": 512,
+        "exp_avg_sq": 512,
+        "exp_avg_absmax": 8,
+        "exp_avg_sq_absmax": 8,
+    }
+
+
 def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="one of adamw, not 'sgd'"):
+    with pytest.raises(ConfigError, match="one of adamw, adamw_8bit, not 'sgd'"):
         build_optimizer("sgd", [torch.nn.Parameter(torch.zeros(1))], learning_rate=0.1)

@@ -99,6 +99,26 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     assert all(torch.equal(expected[key], actual[key]) for key in expected)
 
 
+@pytest.mark.parametrize("stop_after", [1, 5])
+def test_a_resumed_run_with_moments_in_8_bits_equals_an_unbroken_one_bit_for_bit(
+    stop_after: int, run: Run, config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    settings = config(lora=LoraConfig(r=4, dropout=0.2), weight_decay=0.1, optimizer="adamw_8bit")
+    unbroken, whole = run(tmp_path / "whole", settings=settings)
+    _, before = run(tmp_path / "broken", stop_after=stop_after, settings=settings)
+    torch.manual_seed(123)
+
+    resumed, after = run(
+        tmp_path / "broken", resume_from=tmp_path / "broken/resume", settings=settings
+    )
+
+    assert _figures(before) + _figures(after) == _figures(whole)
+    assert replace(resumed, adapter=None) == replace(unbroken, adapter=None)
+    name = "adapter/adapter_model.safetensors"
+    expected, actual = load_file(tmp_path / "whole" / name), load_file(tmp_path / "broken" / name)
+    assert all(torch.equal(expected[key], actual[key]) for key in expected)
+
+
 def test_a_run_that_is_stopped_again_and_again_still_ends_the_same(
     run: Run, tmp_path: Path
 ) -> None:

@@ -1,0 +1,167 @@
+"""AdamW whose step is one update over one buffer, with moments in 32 or 8 bits.
+
+To the rest of the engine it is a `torch.optim.Optimizer` like any other: ``state_dict()["state"]`` has
+each parameter's moments by name, as views of the buffers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_core.errors import ConfigError, ResumePointError
+from qlora_core.ops.adamw.moments import Moments8, Moments32
+from qlora_core.ops.adamw.ops import adamw_step
+from qlora_core.ops.adamw.settings import BLOCK_SIZE, AdamWSettings
+from qlora_core.optim.flat_tensors import FlatTensors
+from qlora_core.optim.state_memory import allocate_state
+
+
+class FlatAdamW(torch.optim.Optimizer):
+    """AdamW over parameters of one device, which become views of one buffer.
+
+    A gradient that is not finite changes nothing. A parameter without a gradient is treated as one
+    whose gradient is zero: it decays, where torch would leave it out.
+
+    Attributes:
+        grad_norm: float32 [] on the device, of the last step's gradient before it was clipped; to
+            read it waits for the device. Zero before the first step.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        *,
+        bits: Literal[8, 32],
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float = math.inf,
+    ) -> None:
+        """Move the parameters into a buffer.
+
+        Args:
+            params: float32, of one device; whoever holds their data from before holds old memory.
+            bits: of the moments.
+            learning_rate: until another is set in ``param_groups[0]["lr"]``.
+            weight_decay: decoupled, per step and unit of learning rate.
+            betas: decay of the two moments.
+            eps: added to the root of the second moment.
+            max_grad_norm: longer gradients are scaled down to it, on the way.
+
+        Raises:
+            ConfigError: a setting is out of range, or there are no parameters.
+            DtypeError, LayoutError: a parameter is not as described.
+        """
+        AdamWSettings(learning_rate, betas[0], betas[1], eps, weight_decay, max_grad_norm)
+        self._flat = FlatTensors(params)
+        defaults = {
+            "lr": learning_rate,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "max_grad_norm": max_grad_norm,
+        }
+        super().__init__(self._flat.params, defaults)
+        n, device = self._flat.values.numel(), self._flat.values.device
+        self._steps = torch.zeros(len(self._flat.params), device=device)
+        self.grad_norm = torch.zeros((), device=device)
+        dtype = torch.uint8 if bits == 8 else torch.float32
+        moments = [allocate_state(n, dtype=dtype, device=device) for _ in range(2)]
+        kinds = {
+            "step": list(self._steps),
+            "exp_avg": self._flat.views(moments[0]),
+            "exp_avg_sq": self._flat.views(moments[1]),
+        }
+        if bits == 8:
+            scales = [
+                allocate_state(n // BLOCK_SIZE, dtype=torch.float32, device=device)
+                for _ in range(2)
+            ]
+            kinds["exp_avg_absmax"] = self._flat.block_views(scales[0])
+            kinds["exp_avg_sq_absmax"] = self._flat.block_views(scales[1])
+            self._moments = Moments8(*moments, *scales)
+        else:
+            self._moments = Moments32(*moments)
+        for index, param in enumerate(self._flat.params):
+            self.state[param] = {name: views[index] for name, views in kinds.items()}
+        self._flat.zero_gradients()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the one group there is.
+
+        Raises:
+            ConfigError: it is a second one, which has no place in the buffer.
+        """
+        if self.param_groups:
+            raise ConfigError("this optimizer has one group of parameters; no other can be added")
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Take a step with the settings of ``param_groups[0]``, and wait for nothing.
+
+        Args:
+            closure: called first, with gradients enabled, as in torch.
+
+        Returns:
+            What ``closure`` gave.
+
+        Raises:
+            ConfigError: a setting is out of range.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        settings = AdamWSettings(
+            group["lr"],
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            group["max_grad_norm"],
+        )
+        self._flat.gather_gradients()
+        self.grad_norm = adamw_step(
+            self._flat.values, self._flat.gradients, self._moments, self._steps, settings
+        )
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - torch's signature
+        """Set all gradients to zero in one go; they stay where they are, whatever ``set_to_none``."""
+        self._flat.zero_gradients()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Copy moments, counts and settings from what `state_dict` gave; an empty state is the beginning.
+
+        Raises:
+            ResumePointError: they are of another optimizer or of other parameters; nothing was changed.
+        """
+        saved: dict[int, dict[str, Tensor]] = state_dict["state"]
+        own = [self.state[param] for param in self._flat.params]
+        if saved:
+            found = [_shapes(saved[index]) for index in sorted(saved)]
+            if sorted(saved) != list(range(len(own))) or found != [_shapes(each) for each in own]:
+                raise ResumePointError("The optimizer's saved state is of another optimizer.")
+        for index, views in enumerate(own):
+            for name, view in views.items():
+                if saved:
+                    view.copy_(saved[index][name])
+                else:
+                    view.zero_()
+        (group,) = state_dict["param_groups"]
+        self.param_groups[0].update(
+            {name: value for name, value in group.items() if name != "params"}
+        )
+
+
+def _shapes(moments: dict[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (value.shape, value.dtype) for name, value in moments.items()}
