@@ -6,6 +6,7 @@ in no checkpoint, so they must not be built on the meta device.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qlora_core.errors import ModelUnsupported
@@ -21,6 +23,11 @@ from qlora_core.quoting import quoted
 
 # transformers' own mark of what its initialization is not to touch.
 _LEAVE_ALONE = "_is_hf_initialized"
+
+# transformers' constructors set torch's default dtype and its functions of initialization for the whole process, and put
+# back what they found: of two at once, the other's.
+_one_at_a_time = threading.Lock()
+_here = threading.local()
 
 
 def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
@@ -44,11 +51,12 @@ def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=compute_dtype, trust_remote_code=False
-            )
-        _compute_buffers_again(model)
+        with _one_at_a_time:
+            with _parameters_on_meta():
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=compute_dtype, trust_remote_code=False
+                )
+            _compute_buffers_again(model)
     # transformers' constructors raise whatever wrong sizes lead them to.
     except Exception as error:
         raise ModelUnsupported(
@@ -61,7 +69,7 @@ def build_skeleton(folder: Path, compute_dtype: torch.dtype) -> PreTrainedModel:
 
 def build_again(model: PreTrainedModel) -> PreTrainedModel:
     """Build a model's architecture anew, everything on the meta device: with transformers' own layers."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with _one_at_a_time, torch.device("meta"), torch.random.fork_rng(devices=[]):
         return type(model)(deepcopy(model.config))
 
 
@@ -93,19 +101,22 @@ def _compute_buffers_again(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Send every parameter registered inside the block to the meta device, one at a time."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        # A parameter that is on meta already may be a tied one: keep it the same object.
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
-
+    """Send every parameter that this thread registers inside the block to the meta device, one at a time."""
     # Initialising parameters on meta is void, but may still draw from the global generator.
     with torch.random.fork_rng(devices=[]):
-        nn.Module.register_parameter = register_on_meta
+        _here.on_meta = True
         try:
             yield
         finally:
-            nn.Module.register_parameter = register
+            _here.on_meta = False
+
+
+def _send_to_meta(_module: nn.Module, _name: str, param: nn.Parameter) -> nn.Parameter | None:
+    # A parameter that is on meta already may be a tied one: keep it the same object.
+    if not getattr(_here, "on_meta", False) or param.device.type == "meta":
+        return None
+    return nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+
+
+# Once and for all: torch goes through its hooks without a lock, so none may come or go while a thread builds a module.
+register_module_parameter_registration_hook(_send_to_meta)  # pyright: ignore[reportArgumentType]

@@ -1,10 +1,14 @@
 """What else is set in the process or stands in the folder: loading heeds what it should, and leaves the rest alone."""
 
 import json
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from qlora_core import LoraConfig, add_lora, load_model
@@ -90,3 +94,49 @@ def test_the_folders_generation_settings_are_used(tmp_path: Path) -> None:
     assert model.generation_config is not None
     assert model.generation_config.eos_token_id == [2, 7]
     assert model.name_or_path == str(folder)
+
+
+def test_several_threads_may_load_at_once(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path)
+    expected = load(folder, compute_dtype=torch.bfloat16)(IDS).logits
+    together = threading.Barrier(3)
+
+    def load_beside_others() -> PreTrainedModel:
+        together.wait()
+        return load(folder, compute_dtype=torch.bfloat16)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(3) as threads:
+            models = [
+                asked.result()
+                for _ in range(5)
+                for asked in [threads.submit(load_beside_others) for _ in range(3)]
+            ]
+    finally:
+        sys.setswitchinterval(before)
+
+    assert all(torch.equal(model(IDS).logits, expected) for model in models)
+    layer = nn.Linear(2, 2)
+    assert layer.weight.device.type == "cpu"
+    assert layer.weight.dtype == torch.float32
+
+
+def test_a_layer_made_in_another_thread_meanwhile_has_its_weights(tmp_path: Path) -> None:
+    folder = save_tiny_llama(tmp_path)
+    done = threading.Event()
+
+    def make_layers() -> set[str]:
+        devices: set[str] = set()
+        while not done.is_set():
+            devices.add(nn.Linear(2, 2).weight.device.type)
+        return devices
+
+    with ThreadPoolExecutor(1) as other:
+        made = other.submit(make_layers)
+        for _ in range(5):
+            load(folder)
+        done.set()
+
+    assert made.result() == {"cpu"}
