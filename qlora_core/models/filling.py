@@ -174,7 +174,8 @@ class Filling:
 
     def _refuse_too_large(self, name: str, weight: NF4Weight) -> None:
         """Refuse a weight that products in the compute dtype would make infinite."""
-        if not weight.scales().max() <= torch.finfo(self._compute_dtype).max:
+        lowest, highest = torch.aminmax(weight.scales())  # an offset may make them negative
+        if not max(-lowest, highest) <= torch.finfo(self._compute_dtype).max:
             raise _too_large(name, self._compute_dtype)
 
     def _put_linear(self, module_path: str, weight: NF4Weight) -> None:

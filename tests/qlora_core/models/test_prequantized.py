@@ -318,3 +318,17 @@ def test_a_layer_that_the_architecture_fuses_is_refused_by_name(tmp_path: Path) 
 
     assert name in message
     assert "start from the 16- or 32-bit weights" in message
+
+
+@pytest.mark.parametrize("offset", [-1e38, 1e38])
+def test_scales_that_the_compute_dtype_cannot_hold_are_refused(nf4: Path, offset: float) -> None:
+    key = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+
+    def shift(tensors: dict[str, Tensor]) -> None:
+        state = json.loads(bytes(tensors[key].tolist())) | {"nested_offset": offset}
+        tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    edit_weights(nf4, shift)
+
+    with pytest.raises(ModelWeightsInvalid, match=f"{UP}.weight holds numbers that are too large"):
+        load(nf4, compute_dtype=torch.float16)
