@@ -7,7 +7,7 @@ joins and stacks, one expert after the other can be made, with the same result.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from qlora_core.errors import ModelWeightsInvalid, ModelWeightsMissing
 from qlora_core.models.conversion import PlanStep
 from qlora_core.models.header import TensorPlace
+from qlora_core.quoting import quoted
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,25 @@ def find_single_experts(step: PlanStep, places: Mapping[str, TensorPlace]) -> Si
 
     Raises:
         ModelWeightsMissing: an expert lacks a tensor that others have.
-        ModelWeightsInvalid: an expert's tensor has another shape than the first one's.
+        ModelWeightsInvalid: a tensor is of no expert by its name, of one that has it already, or has another shape
+            than the first one.
     """
     if step.converter is None or not _only_joins_and_stacks(step.converter):
         return None
-    parts: dict[str, list[str]] = {pattern: [] for pattern in step.converter.source_patterns}
+    parts: dict[str, dict[int, str]] = {pattern: {} for pattern in step.converter.source_patterns}
     for name, pattern in step.sources:
-        parts[pattern].append(name)
+        _add(name, pattern, parts[pattern], step.target)
     count = max(len(names) for names in parts.values())
     for pattern, names in parts.items():
         _refuse_gaps(step.target, pattern, names, count)
-        _refuse_unlike(names, places)
-    of_first = [places[names[0]] for names in parts.values()]
-    kinds = {(places[name].dtype, places[name].shape[1:]) for name, _ in step.sources}
-    if len(kinds) > 1 or not all(place.shape for place in of_first):
+    _refuse_unlike([name for names in parts.values() for name in names.values()], places)
+    experts = [[names[i] for names in parts.values()] for i in range(count)]
+    first = places[experts[0][0]]
+    if not first.shape or len({places[name].dtype for name, _ in step.sources}) > 1:
         return None
-    rows = sum(place.shape[0] for place in of_first)
-    shape = torch.Size([count, rows, *of_first[0].shape[1:]])
-    return SingleExperts([list(names) for names in zip(*parts.values(), strict=True)], shape)
+    return SingleExperts(
+        experts, torch.Size([count, first.shape[0] * len(parts), *first.shape[1:]])
+    )
 
 
 def _only_joins_and_stacks(converter: WeightConverter) -> bool:
@@ -77,20 +79,35 @@ def _only_joins_and_stacks(converter: WeightConverter) -> bool:
     )
 
 
-def _refuse_gaps(target: str, pattern: str, names: Sequence[str], count: int) -> None:
-    """Refuse experts whose numbers do not run from 0 on: the tensors of different ones would be joined."""
+def _add(name: str, pattern: str, names: dict[int, str], target: str) -> None:
+    """Add a tensor that matched ``pattern`` to ``names``, those of the pattern by their experts' numbers."""
     before, _, after = pattern.rpartition("*.")
-    number = re.compile(before.replace("*.", r".*\.") + r"(\d+)\." + after)
-    found = [number.search(name) for name in names]
-    numbers = {int(one.group(1)) for one in found if one is not None}
-    lacking = [one for one in range(count) if one not in numbers]
-    if lacking and None not in found:
-        raise ModelWeightsMissing(
-            f"the checkpoint lacks {after} of expert {lacking[0]} in {target}, but has other tensors of it"
+    found = re.search(before.replace("*.", r".*\.") + r"([0-9]{1,9})\." + after, name)
+    if found is None:
+        raise ModelWeightsInvalid(
+            f"{quoted(name)} has no expert's number in its name, but belongs to {target}"
+        )
+    number = int(found.group(1))
+    first = names.setdefault(number, name)
+    if first != name:
+        raise ModelWeightsInvalid(
+            f"the checkpoint's {quoted(first)} and {quoted(name)} are both {after} of expert {number} in {target}; "
+            "only one of them can be"
         )
 
 
-def _refuse_unlike(names: Sequence[str], places: Mapping[str, TensorPlace]) -> None:
+def _refuse_gaps(target: str, pattern: str, names: Mapping[int, str], count: int) -> None:
+    """Refuse experts whose numbers do not run from 0 on: the tensors of different ones would be joined."""
+    lacking = [one for one in range(count) if one not in names]
+    if lacking:
+        part = pattern.rpartition("*.")[2]
+        raise ModelWeightsMissing(
+            f"the checkpoint lacks {part} of expert {lacking[0]} in {target}, but has other tensors of it"
+        )
+
+
+def _refuse_unlike(names: list[str], places: Mapping[str, TensorPlace]) -> None:
+    """Refuse matrices of different shapes, which a join would hide where their rows add up to the right number."""
     for name in names:
         if places[name].shape != places[names[0]].shape:
             raise ModelWeightsInvalid(

@@ -104,6 +104,45 @@ def test_experts_with_a_gap_in_their_numbers_are_refused(folder: Path) -> None:
     assert "of expert 3 in" in error.message
 
 
+@pytest.mark.parametrize("unnumbered", [[1], [1, 3]])
+def test_an_expert_without_a_number_is_named(folder: Path, unnumbered: list[int]) -> None:
+    def change(tensors: Tensors) -> None:
+        for i in unnumbered:
+            tensors[EXPERT.format("x", i)] = tensors.pop(EXPERT.format(1, i))
+
+    error = refusal(folder, change)
+
+    assert error.code == "model_weights_invalid"
+    assert f"{EXPERT.format('x', 1)} has no expert's number" in error.message
+
+
+@pytest.mark.parametrize("other", ["{}", "0{}"])
+def test_an_expert_that_is_there_twice_is_named(folder: Path, other: str) -> None:
+    name = EXPERT.format(1, 1)
+    again = EXPERT.format(other.format(1), 1)
+    again = again.removeprefix("model.") if again == name else again
+
+    error = refusal(folder, lambda tensors: tensors.update({again: tensors[name].clone()}))
+
+    assert error.code == "model_weights_invalid"
+    assert name in error.message
+    assert again in error.message
+    assert "are both w1.weight of expert 1 in model.layers.0.mlp" in error.message
+
+
+def test_rows_that_only_add_up_to_the_right_number_are_refused(folder: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for i in range(4):
+            up, gate = EXPERT.format(i, 3), EXPERT.format(i, 1)
+            tensors[gate] = torch.cat([tensors[gate], tensors[up][:3]])
+            tensors[up] = tensors[up][3:].clone()
+
+    error = refusal(folder, change)
+
+    assert error.code == "model_weights_invalid"
+    assert f"{EXPERT.format(0, 3)} is [" in error.message
+
+
 @pytest.mark.parametrize("count", [3, 5])
 def test_more_or_fewer_experts_than_configured_are_refused(folder: Path, count: int) -> None:
     def change(tensors: Tensors) -> None:
