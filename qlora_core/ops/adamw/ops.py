@@ -1,7 +1,7 @@
 """A step of AdamW on any device: checks the tensors and picks the device's path.
 
-CPU tensors take `reference`, others take `kernels` (Triton), whose module is only imported then; both
-give the same bits from the same scalars.
+CPU tensors take `cpu` (tables), others take `kernels` (Triton), whose module is only imported then; both
+give the bits of `reference` from the same scalars.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_core.errors import ShapeError
-from qlora_core.ops.adamw import reference
+from qlora_core.ops.adamw import cpu
 from qlora_core.ops.adamw.launch import launch_adamw
 from qlora_core.ops.adamw.moments import Moments8, Moments32
 from qlora_core.ops.adamw.settings import BLOCK_SIZE, TILE, AdamWSettings, begin_step
@@ -48,7 +48,7 @@ def adamw_step(
     norm = torch.linalg.vector_norm(gradients)
     scalars = begin_step(steps, norm, settings)
     on_cpu = values.device.type == "cpu"
-    take = reference.adamw_step if on_cpu else launch_adamw
+    take = cpu.adamw_step if on_cpu else launch_adamw
     take(values, gradients, moments, scalars, settings)
     return norm
 

@@ -8,6 +8,8 @@ Source: AdamW, arXiv:1711.05101; moments in 8 bits, arXiv:2110.02861.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -17,12 +19,22 @@ from qlora_core.ops.adamw.settings import BLOCK_SIZE, AdamWSettings
 from qlora_core.quant.nf4.reference import reciprocal
 
 
-def adamw_step(
+class Encoder(Protocol):
+    """What `encode` does, by whatever means."""
+
+    def __call__(self, moment: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+        """Give what `encode` gives."""
+        ...
+
+
+def adamw_step_encoding(
     values: Tensor,
     gradients: Tensor,
     moments: Moments32 | Moments8,
     scalars: Tensor,
     settings: AdamWSettings,
+    *,
+    encode: Encoder,
 ) -> None:
     """Update values and moments in place, or nothing where the third scalar is NaN.
 
@@ -32,6 +44,7 @@ def adamw_step(
         moments: of n elements.
         scalars: what `settings.begin_step` gave.
         settings: of the step.
+        encode: what turns 8-bit moments into codes.
     """
     rate, root_scale, factor = scalars
     if factor.isnan():
@@ -43,7 +56,18 @@ def adamw_step(
     # On CPUs `torch.sqrt` of float32 may be wrong in its last bit; through float64 it is not.
     root = square.double().sqrt().float() * root_scale + settings.eps
     values.copy_(values * settings.decay - mean / root * rate)
-    _store(moments, mean, square)
+    _store(moments, mean, square, encode)
+
+
+def adamw_step(
+    values: Tensor,
+    gradients: Tensor,
+    moments: Moments32 | Moments8,
+    scalars: Tensor,
+    settings: AdamWSettings,
+) -> None:
+    """Do what `adamw_step_encoding` says, with `encode`."""
+    adamw_step_encoding(values, gradients, moments, scalars, settings, encode=encode)
 
 
 def decode(moment_codes: Tensor, absmax: Tensor, *, signed: bool) -> Tensor:
@@ -76,7 +100,7 @@ def _decoded(moments: Moments32 | Moments8) -> tuple[Tensor, Tensor]:
     return mean, decode(moments.square, moments.square_absmax, signed=False)
 
 
-def _store(moments: Moments32 | Moments8, mean: Tensor, square: Tensor) -> None:
+def _store(moments: Moments32 | Moments8, mean: Tensor, square: Tensor, encode: Encoder) -> None:
     if isinstance(moments, Moments32):
         moments.mean.copy_(mean)
         moments.square.copy_(square)

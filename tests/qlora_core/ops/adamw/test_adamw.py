@@ -10,7 +10,7 @@ import torch
 from bitsandbytes.functional import create_dynamic_map
 
 from qlora_core.errors import ConfigError, DtypeError, EngineError, LayoutError, ShapeError
-from qlora_core.ops.adamw import ops, reference
+from qlora_core.ops.adamw import cpu, ops, reference
 from qlora_core.ops.adamw.codes import code_table, levels, thresholds
 from qlora_core.ops.adamw.launch import launch_adamw
 from qlora_core.ops.adamw.moments import Moments8, Moments32
@@ -192,7 +192,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
 
     norm = torch.linalg.vector_norm(gradient)
     scalars = begin_step(steps, norm, settings)
-    for take in (reference.adamw_step, launch_adamw):
+    takes = [reference.adamw_step, launch_adamw]
+    if kernel_device == "cpu":
+        takes.append(cpu.adamw_step)
+    for take in takes:
         take(values, gradient, moments, scalars, settings)
 
     assert not torch.isfinite(ops.adamw_step(values, gradient, moments, steps, settings))
@@ -254,6 +257,39 @@ def test_the_kernel_finds_the_codes_of_numbers_on_and_beside_all_thresholds(
     assert isinstance(moments, Moments8)
     assert absmax.tolist() == [1.0] * 4
     assert torch.equal(moments.mean, expected)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_path_of_cpus_equals_the_reference_over_several_chunks(bits: int) -> None:
+    n = 2 * 64 * 1024 + 3 * 1024
+    expected = drawn(n, 99)
+    actual, steps = expected.clone(), torch.zeros(1)
+    expected_moments = zeros(n, bits=bits)
+    moments = copied(expected_moments)
+    settings = AdamWSettings(1e-2, weight_decay=0.1, max_grad_norm=2.0)
+
+    for step in range(3):
+        gradient = torch.where(torch.arange(n) < 300, 0.0, drawn(n, step))
+        scalars = begin_step(steps, torch.linalg.vector_norm(gradient), settings)
+        reference.adamw_step(expected, gradient, expected_moments, scalars, settings)
+        cpu.adamw_step(actual, gradient, moments, scalars, settings)
+
+    assert torch.equal(actual, expected)
+    assert equal(moments, expected_moments)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_tables_of_cpus_find_the_codes_on_and_beside_all_thresholds(*, signed: bool) -> None:
+    bounds = thresholds(CPU, signed=signed)[:-1]
+    beside = [torch.nextafter(bounds, torch.tensor(sign * math.inf)) for sign in (1, -1)]
+    numbers = torch.cat((bounds, *beside, levels(CPU, signed=signed)))[:1020]
+    blocks = torch.cat((numbers.view(4, 255), torch.ones(4, 1)), dim=1)
+
+    codes, absmax = cpu.encode(blocks.view(-1), signed=signed)
+
+    expected, expected_absmax = reference.encode(blocks.view(-1), signed=signed)
+    assert torch.equal(codes, expected)
+    assert absmax.tolist() == expected_absmax.tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("signed", [True, False])
