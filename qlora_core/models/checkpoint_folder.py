@@ -11,7 +11,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from qlora_core.errors import ConfigError, ModelUnsupported
-from qlora_core.whole_folder import aside_of, real
+from qlora_core.whole_folder import leftovers, real
 
 # What stands beside a model's weights: its tokenizer, its chat template, and its licence.
 _BESIDE = (
@@ -42,7 +42,7 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
 
     Raises:
         ConfigError: the folder is a file, a mount point, the current folder or above it, cannot be made, has files in it
-            that are not to be replaced, or holds ``source``.
+            that are not to be replaced, or holds ``source``; or a run that was cut off has set aside what it was.
     """
     target = real(folder)
     if target.is_symlink():
@@ -60,11 +60,7 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
         raise ConfigError(
             f"{folder} is a mount point, which cannot be replaced; name a folder in it"
         )
-    aside = aside_of(target)
-    if aside.exists() and not target.exists():
-        raise ConfigError(
-            f"{aside} is what {folder} was before a run that was cut off; rename it back, or delete it"
-        )
+    _refuse_leftovers(folder, target, source)
     _refuse_unwritable(target)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ConfigError(
@@ -73,12 +69,25 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
         )
 
 
+def _refuse_leftovers(folder: Path, target: Path, source: Path | None) -> None:
+    for left in leftovers(target):
+        if source is not None and left in (real(source), *real(source).parents):
+            raise ConfigError(
+                f"{left} is what a run to {folder} has left, which the next one removes; rename it first"
+            )
+        if left.suffix == ".replaced":
+            raise ConfigError(
+                f"{left} is what {folder} was before a run that was cut off; rename it, or delete it"
+            )
+
+
 def _refuse_unwritable(target: Path) -> None:
     above = next(one for one in target.parents if one.exists())
     if not above.is_dir():
         raise ConfigError(f"{above} is a file, so there can be no folder {target}")
     try:
-        Path(tempfile.mkdtemp(prefix=".", dir=above)).rmdir()
+        name = f".{target.name}."  # as long as the one that it is going to be written under
+        Path(tempfile.mkdtemp(prefix=name, suffix=".unfinished", dir=above)).rmdir()
     except OSError as error:
         raise ConfigError(
             f"{above} cannot be written to ({error.strerror}); name another folder"

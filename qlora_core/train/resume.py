@@ -25,7 +25,7 @@ from qlora_core.errors import ResumePointError
 from qlora_core.train.folders import step_folder, step_folders
 from qlora_core.train.progress import Progress
 from qlora_core.train.weights import Weights, fits, put_back, trained_weights
-from qlora_core.whole_folder import written_whole
+from qlora_core.whole_folder import remove_leftovers, written_whole
 
 _KEPT = 2
 _MANIFEST = "manifest.json"
@@ -71,6 +71,7 @@ def save_resume_point(
         (unfinished / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
     for _, old in step_folders(folder)[_KEPT:]:
         shutil.rmtree(old)
+    remove_leftovers(folder)
     return target
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_core.whole_folder import written_whole
+from qlora_core.whole_folder import leftovers, remove_leftovers, written_whole
 
 
 @pytest.fixture
@@ -89,28 +89,79 @@ def test_where_the_new_folder_cannot_take_its_place_the_old_one_is_put_back(old:
     assert list(old.parent.iterdir()) == [old]
 
 
-def test_cut_off_between_the_renames_both_folders_are_there_until_the_next_one_is_whole(
-    old: Path,
-) -> None:
+def test_cut_off_between_the_renames_both_folders_are_there(old: Path) -> None:
     stopped(old, renaming="os._exit(9)")
 
-    aside = old.parent / ".out.replaced"
+    (aside,) = old.parent.glob(".out.*.replaced")
     assert (aside / "weights").read_text() == "old"
-    assert (old.parent / ".out.unfinished" / "weights").read_text() == "new"
-    write(old)
-    assert (old / "weights").read_text() == "new"
-    assert list(old.parent.iterdir()) == [old]
+    (unfinished,) = old.parent.glob(".out.*.unfinished")
+    assert (unfinished / "weights").read_text() == "new"
+    assert leftovers(old) == sorted([aside, unfinished])
 
 
-def test_what_a_cut_off_removal_left_goes_with_the_next_one(old: Path) -> None:
-    aside = old.parent / ".out.replaced"
-    aside.mkdir()
-    (aside / "weights").write_text("older")
+def test_what_was_set_aside_stays_when_the_next_one_is_whole(old: Path) -> None:
+    stopped(old, renaming="os._exit(9)")
 
     write(old)
 
     assert (old / "weights").read_text() == "new"
+    (aside,) = set(old.parent.iterdir()) - {old}
+    assert (aside / "weights").read_text() == "old"
+
+
+@pytest.mark.parametrize("name", [".out.unfinished", ".out.replaced", ".out.mine.unfinished"])
+def test_folders_of_such_names_that_are_not_ours_are_left_alone(old: Path, name: str) -> None:
+    (old.parent / name).mkdir()
+    (old.parent / name / "weights").write_text("precious")
+
+    write(old)
+
+    assert (old / "weights").read_text() == "new"
+    assert (old.parent / name / "weights").read_text() == "precious"
+
+
+def test_two_that_write_at_once_do_not_disturb_each_other(old: Path) -> None:
+    with written_whole(old) as first:
+        (first / "weights").write_text("first")
+        with written_whole(old) as second:
+            (second / "weights").write_text("second")
+        assert (old / "weights").read_text() == "second"
+
+    assert (old / "weights").read_text() == "first"
     assert list(old.parent.iterdir()) == [old]
+
+
+def test_what_another_one_wrote_meanwhile_is_not_replaced_where_nothing_was(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+
+    with pytest.raises(OSError, match=r"Directory not empty: .*/out'"), written_whole(folder):
+        write(folder)
+
+    assert (folder / "weights").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_has_the_rights_that_any_new_one_has(tmp_path: Path) -> None:
+    (tmp_path / "any").mkdir()
+
+    write(tmp_path / "out")
+
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_a_folder_that_cannot_be_made_is_named_itself() -> None:
+    with pytest.raises(OSError, match=r"'/proc/nf4'"), written_whole(Path("/proc/nf4")):
+        pass
+
+
+def test_leftovers_go_and_what_is_being_written_stays(old: Path) -> None:
+    stopped(old, writing="os.kill(os.getpid(), 9)")
+    stopped(old, renaming="os._exit(9)")
+
+    with written_whole(old.with_name("other")) as unfinished:
+        remove_leftovers(old.parent)
+
+        assert list(old.parent.iterdir()) == [unfinished]
 
 
 def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:

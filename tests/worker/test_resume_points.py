@@ -56,6 +56,8 @@ def test_a_point_that_its_killed_child_had_no_time_to_tell_of_counts(tmp_path: P
 
 
 def test_unfinished_points_and_other_names_do_not_count(tmp_path: Path) -> None:
-    folder = attempt(tmp_path, told=[("step", 1)], points=[".step-3.unfinished", "step-x", "old"])
+    folder = attempt(
+        tmp_path, told=[("step", 1)], points=[".step-3.0123abcd.unfinished", "step-x", "old"]
+    )
 
     assert resume_point_in(folder, 1) is None

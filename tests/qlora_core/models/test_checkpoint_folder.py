@@ -64,6 +64,10 @@ def test_a_place_where_nobody_can_make_a_folder_is_refused() -> None:
     assert "/proc cannot be written to" in refusal("/proc/nf4")
 
 
+def test_a_name_that_is_too_long_to_be_written_beside_is_refused(tmp_path: Path) -> None:
+    assert "cannot be written to (File name too long)" in refusal(tmp_path / ("a" * 250))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
 def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(0o555)
@@ -71,9 +75,26 @@ def test_a_place_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
     assert "closed cannot be written to" in refusal(tmp_path / "closed" / "nf4")
 
 
-def test_what_a_run_that_was_cut_off_has_set_aside_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".out.replaced").mkdir()
+@pytest.mark.parametrize("existing", [False, True])
+def test_what_a_run_that_was_cut_off_has_set_aside_is_named(tmp_path: Path, existing: bool) -> None:
+    (tmp_path / ".out.0123abcd.replaced").mkdir()
+    if existing:
+        (tmp_path / "out").mkdir()
 
-    assert ".out.replaced is what" in refusal(tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    refuse_target(tmp_path / "out", None, overwrite=True)
+    assert ".out.0123abcd.replaced is what" in refusal(tmp_path / "out")
+    refuse_target(tmp_path / "other", None, overwrite=True)
+
+
+@pytest.mark.parametrize("name", [".out.unfinished", ".out.replaced"])
+def test_other_folders_beside_it_are_no_obstacle(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+
+    refuse_target(tmp_path / "out", tmp_path / name, overwrite=True)
+
+
+def test_a_model_in_what_a_cut_off_run_left_is_not_written_over(tmp_path: Path) -> None:
+    source = tmp_path / ".out.0123abcd.unfinished"
+    source.mkdir()
+
+    assert "0123abcd.unfinished is what a run" in refusal(tmp_path / "out", source=source)
+    refuse_target(tmp_path / "other", source, overwrite=True)

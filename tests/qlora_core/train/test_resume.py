@@ -292,7 +292,7 @@ def test_without_a_whole_point_the_run_begins_anew_and_says_so(run: Run, tmp_pat
 
 def test_a_folder_that_is_half_written_is_not_a_point(run: Run, tmp_path: Path) -> None:
     run(tmp_path, stop_after=3)
-    unfinished = tmp_path / "resume/.step-5.unfinished"
+    unfinished = tmp_path / "resume/.step-5.0123abcd.unfinished"
     unfinished.mkdir()
     (unfinished / "state.json").write_text("{")
 
@@ -300,6 +300,15 @@ def test_a_folder_that_is_half_written_is_not_a_point(run: Run, tmp_path: Path) 
 
     assert isinstance(events[0], RunStarted)
     assert events[0].start_step == 3
+
+
+def test_what_killed_runs_left_goes_with_the_next_point(run: Run, tmp_path: Path) -> None:
+    for name in (".step-9.0123abcd.unfinished", ".step-1.0123abcd.replaced"):
+        (tmp_path / "resume" / name).mkdir(parents=True)
+
+    run(tmp_path, stop_after=1)
+
+    assert [path.name for path in (tmp_path / "resume").iterdir()] == ["step-1"]
 
 
 @pytest.mark.parametrize(
