@@ -25,7 +25,6 @@ FAILED = "The job failed due to an invalid training file."
 """How a problem's message begins: OpenAI's words."""
 
 
-
 def check_dataset(
     path: Path | str,
     encoder: TextEncoder,
