@@ -6,11 +6,19 @@ import math
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.nn import Parameter
 
 from qlora_core.errors import ConfigError, DtypeError, LayoutError, NonFiniteError
 from qlora_core.quant.codebook import BLOCK_SIZES
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_tensor(tensor: object, name: str) -> None:
+    """Refuse what is no tensor; raises DtypeError."""
+    if not isinstance(tensor, Tensor):
+        raise DtypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
 
 
 def check_dtype(wanted: torch.dtype, **tensors: Tensor) -> None:
@@ -32,6 +40,31 @@ def check_values(tensor: Tensor, name: str) -> None:
         raise LayoutError(f"{name} must be dense, not {str(tensor.layout).removeprefix('torch.')}")
     if tensor.is_meta:
         raise LayoutError(f"{name} is on meta, where tensors hold no values")
+    if isinstance(tensor, FakeTensor):
+        raise LayoutError(f"{name} is fake: it holds no values")
+
+
+def has_plain_memory(*tensors: Tensor | None) -> bool:
+    """Tell whether what these tensors' memory holds is their values, which torch is not just tracing."""
+    return not torch.compiler.is_compiling() and all(
+        tensor is None or _is_plain(tensor) for tensor in tensors
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, Parameter)
+        and not tensor.is_neg()
+        and not torch._is_functional_tensor(tensor)  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage] - there is no public way
+    )
+
+
+def check_surroundings() -> None:
+    """Refuse to work where new tensors are not plain ones: tables that are kept would not be; raises LayoutError."""
+    if not torch.compiler.is_compiling() and not _is_plain(torch.empty(0, device="cpu")):
+        raise LayoutError(
+            "new tensors are fake or wrapped here (FakeTensorMode, functionalize): NF4 needs their values"
+        )
 
 
 def check_layout(**tensors: Tensor) -> None:

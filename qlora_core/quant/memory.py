@@ -20,7 +20,7 @@ _LARGE_PAGES: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
 def empty(n: int, dtype: torch.dtype) -> Tensor:
     """Give a new tensor of ``dtype`` [n] on the CPU that holds anything; its storage cannot grow."""
     size = n * dtype.itemsize
-    if size < _LARGE_BYTES or _LARGE_PAGES is None:
+    if size < _LARGE_BYTES or _LARGE_PAGES is None or torch.compiler.is_compiling():
         return torch.empty(n, dtype=dtype, device="cpu")
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A kernel built without large pages refuses; the memory is good all the same.

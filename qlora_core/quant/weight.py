@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qlora_core.errors import ConfigError
 from qlora_core.quant import bitsandbytes
+from qlora_core.quant.checks import check_tensor
 from qlora_core.quant.devices import check_device
 from qlora_core.quant.double_quant import ops as scale_ops
 from qlora_core.quant.nf4 import ops as code_ops
@@ -80,6 +81,8 @@ class NF4Weight:
         Raises:
             DtypeError, LayoutError, ShapeError: ``dtype`` or ``out`` is not as described.
         """
+        if out is not None:
+            check_tensor(out, "out")
         dtype = dtype or (self.dtype if out is None else out.dtype)
         n = self.shape.numel()
         flat = code_ops.dequantize_nf4(
@@ -98,7 +101,7 @@ class NF4Weight:
         """Give the same weight on another device; itself when it is there already.
 
         Raises:
-            ConfigError: ``device`` is none, or not on this machine.
+            ConfigError: ``device`` is none, meta, or not on this machine.
         """
         target = check_device(device)
         packed = self.packed.to(target)
@@ -179,6 +182,7 @@ def quantize_nf4(
     """
     if scale not in ("absmax", "mse"):
         raise ConfigError(f'scale must be "absmax" or "mse", not {scale!r}')
+    check_tensor(weight, name)
     packed, absmax = code_ops.quantize_nf4(weight, block_size=block_size, name=name)
     nested_absmax = offset = None
     if double_quant:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qlora_core.quant.checks import has_plain_memory
 from qlora_core.quant.codebook import NESTED_BLOCK_SIZE, dynamic_levels, dynamic_thresholds
+from qlora_core.quant.double_quant import reference
 from qlora_core.quant.nf4.reference import reciprocal
 from qlora_core.quant.scratch import scratch
 from qlora_core.quant.threads import share
@@ -41,6 +43,8 @@ def _next_threshold() -> Tensor:
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Give what `reference.quantize_absmax` gives, of scales on the CPU."""
+    if not has_plain_memory(absmax):
+        return reference.quantize_absmax(absmax)
     offset = absmax.mean()
     n = absmax.numel()
     codes = torch.empty(n, dtype=torch.uint8, device=_CPU)

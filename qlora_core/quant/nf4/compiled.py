@@ -12,6 +12,8 @@ elements in a plane, and what the planes give is interleaved.
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -20,11 +22,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlora_core.quant.codebook import NESTED_BLOCK_SIZE, dynamic_levels, nf4_levels
+from qlora_core.quant.codebook import NESTED_BLOCK_SIZE, NF4_LEVELS, dynamic_map
 from qlora_core.quant.threads import share
 
-# Elements that a thread takes at a time, a multiple of every nested block. Smaller ones cost more than they spread.
-_CHUNK = 2 * 1024 * 1024
+# Elements that a thread takes at a time, at most and at least: fewer cost more than they spread.
+_LARGEST_PIECE = 2 * 1024 * 1024
+_SMALLEST_PIECE = 128 * 1024
+
+# Not tensors, which may belong to whatever mode of torch they were first made in.
+_LEVELS = (ctypes.c_float * len(NF4_LEVELS))(*NF4_LEVELS)
+_MAP = (ctypes.c_float * 256)(*dynamic_map(signed=True))
 
 _LLVM_TYPES = {torch.float32: "float", torch.float16: "half", torch.bfloat16: "i16"}
 _FEATURES = {torch.float32: "ssse3", torch.float16: "f16c", torch.bfloat16: "ssse3"}
@@ -127,7 +134,7 @@ def fill(
     """Fill ``out`` with what the two `reference` modules give, if that can be done here.
 
     Args:
-        packed: uint8 [n / 2] on the CPU, contiguous.
+        packed: uint8 [n / 2] on the CPU, contiguous; this and the others in plain memory.
         absmax: [n / block_size], float32 scales, or their uint8 codes.
         nested_absmax: float32 [ceil(blocks / 256)] when there are codes, else None.
         offset: float32 [] when there are codes, else None.
@@ -135,20 +142,20 @@ def fill(
         block_size: elements per scale, a multiple of 32.
 
     Returns:
-        Whether it was done: False without llvmlite, and on CPUs that lack the instructions.
+        Whether it was done: False without llvmlite, on CPUs that lack the instructions, and where no memory may
+        become executable.
     """
     nested = nested_absmax is not None and offset is not None
     function = _function(out.dtype, nested=nested)
     if function is None:
         return False
-    cpu = torch.device("cpu")
-    tables = nf4_levels(cpu).data_ptr(), dynamic_levels(cpu).data_ptr()
+    tables = ctypes.addressof(_LEVELS), ctypes.addressof(_MAP)
     packed_at, absmax_at, out_at = packed.data_ptr(), absmax.data_ptr(), out.data_ptr()
     nested_at = offset_at = 0  # which only the function for codes reads
     if nested_absmax is not None and offset is not None:
         nested_at, offset_at = nested_absmax.data_ptr(), offset.data_ptr()
     blocks = absmax.numel()
-    step = max(_CHUNK // block_size, NESTED_BLOCK_SIZE)
+    pieces = _pieces(blocks, block_size, nested=nested, threads=torch.get_num_threads())
 
     def work(starts: Iterator[int]) -> None:
         for start in starts:
@@ -159,24 +166,43 @@ def fill(
                 offset_at,
                 *tables,
                 out_at + start * block_size * out.itemsize,
-                min(step, blocks - start),
+                min(pieces.step, blocks - start),
                 block_size // 32,
             )
 
-    share(range(0, blocks, step), work)
+    share(pieces, work)
     torch.autograd.graph.increment_version(out)  # as torch's own operations do
     return True
+
+
+def _pieces(blocks: int, block_size: int, *, nested: bool, threads: int) -> range:
+    """Divide the blocks among threads that each take equally many pieces, whole nested blocks each: their starts."""
+    rounds = -(-blocks * block_size // (threads * _LARGEST_PIECE))
+    step = max(-(-blocks // (threads * rounds)), _SMALLEST_PIECE // block_size)
+    unit = NESTED_BLOCK_SIZE if nested else 1
+    return range(0, blocks, -(-step // unit) * unit)
 
 
 @cache
 def _function(dtype: torch.dtype, *, nested: bool) -> Callable[..., None] | None:
     """Give the loop for results of ``dtype``; None where there is no such thing."""
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if platform.machine() not in ("x86_64", "AMD64") or not _may_execute():
         return None
     try:
         return _compile(dtype, nested=nested)
-    except (ImportError, RuntimeError):  # no llvmlite, or none that knows this CPU or this language
+    except Exception:  # noqa: BLE001 - no llvmlite, or one that is broken in any way; the tables need none
         return None
+
+
+def _may_execute() -> bool:
+    """Tell whether memory that was written to may become executable; LLVM crashes where that is refused."""
+    if os.name != "posix":
+        return True
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    size = ctypes.c_size_t(mmap.PAGESIZE)
+    protection = mmap.PROT_READ | mmap.PROT_EXEC
+    return ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), size, protection) == 0
 
 
 def _compile(dtype: torch.dtype, *, nested: bool) -> Callable[..., None] | None:

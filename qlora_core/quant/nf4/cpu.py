@@ -1,5 +1,6 @@
 """NF4 on CPUs: the reference's results by table look-ups over chunks, spread over a few threads.
 
+Tensors that are more than their memory, and those that torch.compile traces, take the reference itself.
 Dequantizing looks up both elements of a byte at once, where it is not done by `compiled`.
 Quantizing sorts scaled values into 65,536 bins and looks up a bin's code; the few values whose bin
 is near a threshold are compared exactly.
@@ -18,7 +19,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from qlora_core.quant.checks import check_scales_finite
+from qlora_core.quant.checks import check_scales_finite, has_plain_memory
 from qlora_core.quant.codebook import (
     NESTED_BLOCK_SIZE,
     NF4_LEVELS,
@@ -99,6 +100,14 @@ def dequantize_nf4_into(
         block_size: elements per scale.
     """
     n = out.numel()
+    if not has_plain_memory(packed, absmax, nested_absmax, offset, out):
+        scales = absmax
+        if nested_absmax is not None and offset is not None:
+            scales = dequantize_absmax(absmax, nested_absmax, offset)
+        out.copy_(
+            reference.dequantize_nf4(packed, scales, n=n, block_size=block_size, dtype=out.dtype)
+        )
+        return
     blocks = n // block_size
     whole = blocks * block_size
     if whole:
@@ -200,6 +209,10 @@ def quantize_nf4(values: Tensor, *, block_size: int, name: str) -> tuple[Tensor,
         NonFiniteError: the values hold NaN or infinity; found chunk by chunk, on the way.
     """
     n = values.numel()
+    if not has_plain_memory(values):
+        packed, absmax = reference.quantize_nf4(values, block_size=block_size)
+        check_scales_finite(absmax, name)
+        return packed, absmax
     packed = empty((n + 1) // 2, torch.uint8)
     absmax = empty(-(-n // block_size), torch.float32)
     blocks = n // block_size

@@ -17,6 +17,7 @@ from qlora_core.quant.checks import (
     check_float,
     check_layout,
     check_scales_finite,
+    check_surroundings,
     check_values,
 )
 from qlora_core.quant.double_quant.ops import check_nested
@@ -41,12 +42,13 @@ def quantize_nf4(
     Raises:
         ConfigError: the block size is not one of the format's.
         DtypeError: the values are not float16, bfloat16 or float32.
-        LayoutError: they are sparse, or on the meta device.
+        LayoutError: they are sparse, fake, or on the meta device.
         NonFiniteError: they hold NaN or infinity.
         ShapeError: there are none.
 
     Source: QLoRA, arXiv:2305.14314, section 3. Held bit for bit to `reference.quantize_nf4`.
     """
+    check_surroundings()
     check_float(values.dtype, name)
     check_values(values, name)
     check_block_size(block_size)
@@ -94,6 +96,7 @@ def dequantize_nf4(
     Source: QLoRA, arXiv:2305.14314, section 3. Held bit for bit to the two `reference` modules,
     one after the other.
     """
+    check_surroundings()
     _check_codes(packed, absmax, n=n, block_size=block_size)
     if nested_absmax is not None and offset is not None:
         check_nested(absmax, nested_absmax, offset)

@@ -157,14 +157,6 @@ def test_tensors_of_other_weights_may_stand_beside() -> None:
     assert NF4Weight.from_bitsandbytes(tensors, NAME).shape == (160, 130)
 
 
-def test_moving_to_a_device_moves_every_tensor() -> None:
-    moved = NF4Weight.from_bitsandbytes(tensors_of(), NAME).to("meta")
-
-    for tensor in (moved.packed, moved.absmax, moved.nested_absmax, moved.offset):
-        assert tensor is not None
-        assert tensor.device.type == "meta"
-
-
 def test_another_shape_of_as_many_elements_is_what_the_state_says() -> None:
     tensors = with_state(tensors_of(), shape=[130, 160])
 

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from qlora_core import NF4Weight, NonFiniteError, quantize_nf4
-from qlora_core.errors import ConfigError, LayoutError
+from qlora_core.errors import ConfigError, DtypeError, LayoutError
 from qlora_core.quant import comparators
 from qlora_core.quant.double_quant import reference as double_quant_reference
 from qlora_core.quant.nf4 import reference as nf4_reference
@@ -85,12 +86,13 @@ def test_a_weight_that_is_not_contiguous_is_quantized_in_the_order_of_its_rows()
     )
 
 
+@pytest.mark.gpu
 def test_moves_to_another_device_with_all_its_parts() -> None:
-    moved = quantize_nf4(matrix(8, 64)).to("meta")
+    moved = quantize_nf4(matrix(8, 64)).to("cuda")
 
     parts = (moved.packed, moved.absmax, moved.nested_absmax, moved.offset)
-    assert [part is not None and part.device.type for part in parts] == ["meta"] * 4
-    assert moved.device.type == "meta"
+    assert [part is not None and part.device.type for part in parts] == ["cuda"] * 4
+    assert moved.device.type == "cuda"
 
 
 def test_a_weight_that_is_there_already_moves_nowhere() -> None:
@@ -193,3 +195,17 @@ def test_nothing_here_needs_triton() -> None:
     )
 
     assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    values: Any = [1.0, 2.0]
+
+    with pytest.raises(DtypeError, match="up_proj must be a tensor, not list"):
+        quantize_nf4(values, name="up_proj")
+    with pytest.raises(DtypeError, match="out must be a tensor, not list"):
+        quantize_nf4(torch.ones(2)).dequantize(out=values)
+
+
+def test_meta_is_no_device_to_move_to() -> None:
+    with pytest.raises(ConfigError, match="meta"):
+        quantize_nf4(torch.ones(2)).to("meta")

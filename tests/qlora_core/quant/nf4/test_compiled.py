@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -126,9 +127,29 @@ def test_autograd_sees_that_a_tensor_was_written(fill: Fill) -> None:
         product.backward()
 
 
-def test_nothing_needs_llvmlite() -> None:
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, which may be killed by what it does."""
+    command = [sys.executable, "-c", f"import sys\n{script}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "sys.modules['llvmlite'] = None",
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'llvmlite': raise OSError('Could not find/load shared object file')\n"
+        "sys.meta_path.insert(0, Finder())",
+        "import types\n"
+        "sys.modules['llvmlite'] = types.ModuleType('llvmlite')\n"
+        "binding = sys.modules['llvmlite'].binding = types.ModuleType('binding')",
+    ],
+    ids=["missing", "cannot be loaded", "another's"],
+)
+def test_nothing_needs_llvmlite(broken: str) -> None:
     script = (
-        "import sys; sys.modules['llvmlite'] = None\n"
+        f"{broken}\n"
         "import torch\n"
         "from qlora_core import quantize_nf4\n"
         "from qlora_core.quant.nf4 import compiled\n"
@@ -136,11 +157,111 @@ def test_nothing_needs_llvmlite() -> None:
         "assert compiled._function(torch.float32, nested=True) is None\n"
     )
 
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
-    )
+    done = run(script)
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl is Linux's")
+def test_nothing_needs_memory_that_becomes_executable() -> None:
+    script = (
+        "import ctypes\n"
+        "PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN = 65, 1\n"
+        "if ctypes.CDLL(None).prctl(PR_SET_MDWE, PR_MDWE_REFUSE_EXEC_GAIN, 0, 0, 0): sys.exit(77)\n"
+        "import torch\n"
+        "from qlora_core import quantize_nf4\n"
+        "assert quantize_nf4(torch.ones(4, 64)).dequantize().eq(1).all()\n"
+    )
+
+    done = run(script)
+
+    if done.returncode == 77:
+        pytest.skip("this kernel cannot refuse it")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (31, 33), (1100, 1000)])
+def test_torch_compile_traces_what_it_can_compile(shape: tuple[int, int]) -> None:
+    script = (
+        "import torch\n"
+        "from qlora_core import quantize_nf4\n"
+        f"weight = quantize_nf4(torch.randn{shape})\n"
+        "zeros = torch.zeros(weight.shape)\n"
+        "add = lambda a: a + weight.dequantize(torch.float32)\n"
+        "found = torch.compile(add, backend='eager', fullgraph=True)(zeros)\n"
+        "assert torch.equal(found, weight.dequantize())\n"
+        "again = torch.compile(lambda a: quantize_nf4(a).dequantize(), backend='eager')(found)\n"
+        "assert torch.equal(again, quantize_nf4(found).dequantize())\n"
+    )
+
+    done = run(script)
+
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (31, 33), (1100, 1000)])
+@pytest.mark.parametrize("llvmlite", [True, False], ids=["compiled", "by tables"])
+def test_fake_and_wrapped_tensors_are_refused_and_leave_nothing_behind(
+    shape: tuple[int, int], *, llvmlite: bool
+) -> None:
+    script = (
+        f"if not {llvmlite}: sys.modules['llvmlite'] = None\n"
+        "import torch\n"
+        "from torch._subclasses import FakeTensorMode\n"
+        "from qlora_core import quantize_nf4\n"
+        "from qlora_core.errors import LayoutError\n"
+        "from qlora_core.quant.nf4.reference import dequantize_nf4\n"
+        f"values = torch.randn{shape}\n"
+        "def refused(function):\n"
+        "    try: function()\n"
+        "    except LayoutError as error: return 'fake' in str(error)\n"
+        "mode = FakeTensorMode(allow_non_fake_inputs=True)\n"
+        "fake = mode.from_tensor(values)\n"
+        "assert refused(lambda: quantize_nf4(fake))\n"
+        "with mode: assert refused(lambda: quantize_nf4(values))\n"
+        "dequantize = lambda _: weight.dequantize(torch.float32)\n"
+        "weight = quantize_nf4(values)\n"
+        "with mode: assert refused(lambda: dequantize(None))\n"
+        "assert refused(lambda: torch.func.functionalize(dequantize)(values))\n"
+        "with mode: assert refused(lambda: weight.dequantize(out=values))\n"
+        "assert refused(lambda: weight.dequantize(out=fake))\n"
+        "n = values.numel()\n"
+        "args = dict(n=n, block_size=64, dtype=torch.float32)\n"
+        "expected = dequantize_nf4(weight.packed, weight.scales(), **args)\n"
+        "assert torch.equal(weight.dequantize().view(-1), expected)\n"
+    )
+
+    done = run(script)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_memory_that_torch_negates_when_it_reads_it() -> None:
+    weight = quantize_nf4(torch.randn(10, 70), double_quant=False)
+    negated = replace(weight, absmax=torch._neg_view(-weight.absmax))  # pyright: ignore[reportPrivateImportUsage]
+    out = torch._neg_view(torch.full((700,), torch.nan))  # pyright: ignore[reportPrivateImportUsage]
+
+    assert torch.equal(negated.dequantize(), weight.dequantize())
+    assert torch.equal(weight.dequantize(out=out), weight.dequantize())
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+@pytest.mark.parametrize("blocks", [1, 255, 8191, 8193, 100_003])
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+def test_pieces_cover_all_blocks_and_begin_with_a_nested_block(
+    threads: int, blocks: int, block_size: int
+) -> None:
+    pieces = compiled._pieces(blocks, block_size, nested=True, threads=threads)
+
+    assert pieces.start == 0
+    assert pieces.stop == blocks
+    assert pieces.step % 256 == 0
+
+
+def test_each_thread_gets_a_piece_of_a_small_matrix_and_one_thread_all_of_a_tiny_one() -> None:
+    assert len(compiled._pieces(8192, 64, nested=True, threads=2)) == 2
+    assert len(compiled._pieces(128, 4096, nested=False, threads=2)) == 2
+    assert len(compiled._pieces(1024, 64, nested=True, threads=2)) == 1
 
 
 @pytest.mark.skipif(not CAN_COMPILE, reason="compiled code needs llvmlite and an x86 CPU")
