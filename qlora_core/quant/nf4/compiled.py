@@ -25,9 +25,9 @@ from torch import Tensor
 from qlora_core.quant.codebook import NESTED_BLOCK_SIZE, NF4_LEVELS, dynamic_map
 from qlora_core.quant.threads import share
 
-# Elements that a thread takes at a time, at most and at least: fewer cost more than they spread.
-_LARGEST_PIECE = 2 * 1024 * 1024
-_SMALLEST_PIECE = 128 * 1024
+# Elements that a thread takes at a time, a multiple of every nested block. Smaller ones cost more than they spread:
+# waking two threads takes as long as a million elements.
+_CHUNK = 2 * 1024 * 1024
 
 # Not tensors, which may belong to whatever mode of torch they were first made in.
 _LEVELS = (ctypes.c_float * len(NF4_LEVELS))(*NF4_LEVELS)
@@ -155,7 +155,7 @@ def fill(
     if nested_absmax is not None and offset is not None:
         nested_at, offset_at = nested_absmax.data_ptr(), offset.data_ptr()
     blocks = absmax.numel()
-    pieces = _pieces(blocks, block_size, nested=nested, threads=torch.get_num_threads())
+    step = max(_CHUNK // block_size, NESTED_BLOCK_SIZE)
 
     def work(starts: Iterator[int]) -> None:
         for start in starts:
@@ -166,21 +166,13 @@ def fill(
                 offset_at,
                 *tables,
                 out_at + start * block_size * out.itemsize,
-                min(pieces.step, blocks - start),
+                min(step, blocks - start),
                 block_size // 32,
             )
 
-    share(pieces, work)
+    share(range(0, blocks, step), work)
     torch.autograd.graph.increment_version(out)  # as torch's own operations do
     return True
-
-
-def _pieces(blocks: int, block_size: int, *, nested: bool, threads: int) -> range:
-    """Divide the blocks among threads that each take equally many pieces, whole nested blocks each: their starts."""
-    rounds = -(-blocks * block_size // (threads * _LARGEST_PIECE))
-    step = max(-(-blocks // (threads * rounds)), _SMALLEST_PIECE // block_size)
-    unit = NESTED_BLOCK_SIZE if nested else 1
-    return range(0, blocks, -(-step // unit) * unit)
 
 
 @cache

@@ -245,25 +245,6 @@ def test_memory_that_torch_negates_when_it_reads_it() -> None:
     assert torch.equal(weight.dequantize(out=out), weight.dequantize())
 
 
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("blocks", [1, 255, 8191, 8193, 100_003])
-@pytest.mark.parametrize("threads", [1, 2, 3, 64])
-def test_pieces_cover_all_blocks_and_begin_with_a_nested_block(
-    threads: int, blocks: int, block_size: int
-) -> None:
-    pieces = compiled._pieces(blocks, block_size, nested=True, threads=threads)
-
-    assert pieces.start == 0
-    assert pieces.stop == blocks
-    assert pieces.step % 256 == 0
-
-
-def test_each_thread_gets_a_piece_of_a_small_matrix_and_one_thread_all_of_a_tiny_one() -> None:
-    assert len(compiled._pieces(8192, 64, nested=True, threads=2)) == 2
-    assert len(compiled._pieces(128, 4096, nested=False, threads=2)) == 2
-    assert len(compiled._pieces(1024, 64, nested=True, threads=2)) == 1
-
-
 @pytest.mark.skipif(not CAN_COMPILE, reason="compiled code needs llvmlite and an x86 CPU")
 def test_a_weight_is_dequantized_by_compiled_code_where_it_can_be() -> None:
     weight = quantize_nf4(torch.ones(2, 64))
