@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from types import FrameType
 from typing import Any, Self
 
@@ -38,7 +39,8 @@ class StopWish:
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         self._give_back()
-        os.write(_STDERR, _WORDS)
+        with suppress(OSError):  # in a pipeline Ctrl-C has ended the reader, too
+            os.write(_STDERR, _WORDS)
 
     def _give_back(self) -> None:
         for one, handler in self._before.items():

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_core.commands.history import History, read_history
+from qlora_core.commands.lasting_console import LastingConsole
 from qlora_core.commands.printable import printable
 from qlora_core.commands.units import duration, size
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 def print_summary(folder: RunFolder, result: TrainResult, picture: Path | None) -> None:
     """Print what came of a finished run."""
     history = read_history(folder.events())
-    console = Console(highlight=False)
+    console = LastingConsole()
     # Not as the table's title, which would be broken at the table's width.
     console.print(Text(str(folder.path), "italic"), soft_wrap=True)
     console.print(_table(result, history, picture))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from qlora_core.commands.endings import guarded
 from qlora_core.errors import ConfigError, DatasetError
@@ -39,13 +38,13 @@ def train(
 
     Ctrl-C ends the run after its step and leaves a resume point.
     """
+    from qlora_core.commands.lasting_console import LastingConsole
     from qlora_core.commands.run_display import RunDisplay
     from qlora_core.commands.run_file import read_run_file
     from qlora_core.commands.run_folder import RunFolder
     from qlora_core.commands.run_summary import print_summary
 
-    console = Console(stderr=True, highlight=False)
-    display = RunDisplay(console)
+    display = RunDisplay(LastingConsole(stderr=True))
     run = read_run_file(config)
     folder = RunFolder(_output(run, out), resume=resume)
     result, stopped_by = _train(run, folder, display)

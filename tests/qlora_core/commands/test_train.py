@@ -253,6 +253,21 @@ def test_a_signal_leaves_a_resume_point_and_says_how_to_go_on(
     assert (tmp_path / "out" / "loss.png").is_file()
 
 
+def test_a_run_outlives_whoever_read_its_messages(tmp_path: Path, write_run: WriteRun) -> None:
+    file = write_run(train="n_epochs = 1000")
+    with started(file) as program:
+        assert program.stderr is not None
+        assert program.stderr.readline()
+        program.stderr.close()
+        wait_for_step(program, tmp_path / "out", 2)
+        program.send_signal(signal.SIGINT)
+        program.wait(timeout=60)
+
+    assert program.returncode == 130
+    assert events(tmp_path / "out")[-1]["kind"] == "resume_point_saved"
+    assert (tmp_path / "out" / "loss.png").is_file()
+
+
 def started(file: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "qlora_core", "train", file],
