@@ -7,16 +7,20 @@ a base layer's weight.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor, nn
 
 from qlora_core.export.adapter_config import CONFIG, describe, read_config
 from qlora_core.export.adapter_folder import PREFIX, WEIGHTS
 from qlora_core.export.model_card import model_card
 from qlora_core.export.serving import serving_warnings
+from qlora_core.models.writing import write_file
 from qlora_core.nn import lora_modules, saved_modules
+
+_CARD = "README.md"
 
 
 def save_adapter(
@@ -40,18 +44,28 @@ def save_adapter(
 
     Raises:
         AdapterError: the model has no adapters.
+        OSError: the disk is full, or refuses to be written to; it names the folder, which is as it was.
     """
     base_model = base_model_name_or_path or getattr(model, "name_or_path", "")
     config = describe(model, base_model_name_or_path=base_model, fold_rslora=fold_rslora)
-    tensors = _unshared(adapter_tensors(model))
+    tensors = adapter_tensors(model)
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / CONFIG, folder / WEIGHTS, folder / "README.md"]
-    written[0].write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    safetensors.torch.save_file(tensors, written[1], metadata={"format": "pt"})
-    card = model_card(config, serving_warnings(read_config(written[0]), model))
-    written[2].write_text(card, "utf-8")
-    return written
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=folder) as unfinished:
+            (Path(unfinished) / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+            write_file(Path(unfinished) / WEIGHTS, tensors)
+            warnings = serving_warnings(read_config(Path(unfinished) / CONFIG), model)
+            (Path(unfinished) / _CARD).write_text(model_card(config, warnings), "utf-8")
+            names = (CONFIG, WEIGHTS, _CARD)
+            return [(Path(unfinished) / name).replace(folder / name) for name in names]
+    except BaseException as error:
+        if is_new:
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(folder), None
+        raise
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -64,17 +78,3 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     for path, module in saved_modules(model).items():
         tensors |= {f"{PREFIX}{path}.{name}": p.detach() for name, p in module.trained.items()}
     return tensors
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring the tensors to the CPU, and one that is there under several names into a copy for each.
-
-    PEFT looks for a shared matrix under the name of every module that has it; safetensors writes no shared memory.
-    """
-    seen: set[int] = set()
-    unshared: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        on_cpu = tensor.cpu().contiguous()
-        unshared[name] = on_cpu.clone() if tensor.data_ptr() in seen else on_cpu
-        seen.add(tensor.data_ptr())
-    return unshared

@@ -66,8 +66,14 @@ def fill_shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None]) -> None:
-    """Write one file; ``wrote`` is called with the bytes of each tensor."""
+def write_file(
+    path: Path, tensors: Mapping[str, Tensor], wrote: Callable[[int], None] = lambda _: None
+) -> None:
+    """Write one file, with a copy for each name of a tensor that has several; ``wrote`` is called with the bytes of each.
+
+    Raises:
+        OSError: the disk is full, or refuses to be written to. (The library's own writer raises no OSError.)
+    """
     # The largest elements first, so that each tensor is aligned to the size of its own.
     ordered = sorted(tensors, key=lambda name: -BITS_OF[NAME_OF[tensors[name].dtype]])
     header = write_header(

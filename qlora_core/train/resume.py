@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qlora_core.errors import ResumePointError
+from qlora_core.models.writing import write_file
 from qlora_core.train.folders import step_folder, step_folders
 from qlora_core.train.progress import Progress
 from qlora_core.train.weights import Weights, fits, put_back, trained_weights
@@ -58,13 +59,15 @@ def save_resume_point(
 
     Returns:
         The new point's folder.
+
+    Raises:
+        OSError: the disk is full, or refuses to be written to; nothing is left of the point.
     """
     target = step_folder(folder, progress.step)
     with written_whole(target) as unfinished:
-        adapter = {name: value.contiguous() for name, value in trained_weights(model).items()}
-        states = (adapter, best, _optimizer_state(optimizer), _random_state())
+        states = (trained_weights(model), best, _optimizer_state(optimizer), _random_state())
         for name, tensors in zip(_TENSORS, states, strict=True):
-            safetensors.torch.save_file(tensors, unfinished / name)
+            write_file(unfinished / name, tensors)
         state = {"progress": asdict(progress), "identity": identity}
         (unfinished / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         sums = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
@@ -156,7 +159,7 @@ def _by_setting(identity: dict[str, Any]) -> dict[str, Any]:
 def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the moments by ``<number of the parameter>.<name of the moment>``."""
     return {
-        f"{index}.{name}": value.contiguous()
+        f"{index}.{name}": value
         for index, moments in optimizer.state_dict()["state"].items()
         for name, value in moments.items()
     }

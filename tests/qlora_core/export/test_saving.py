@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +232,36 @@ def test_it_is_said_where_peft_would_leave_adapters_out(tmp_path: Path) -> None:
         tmp_path / "base", LoraConfig(r=2, target_modules=("q_proj", "o_proj"))
     )
     assert serving_warnings(LoraConfig(r=2), attention) == []
+
+
+@contextmanager
+def room_for(nbytes: int) -> Iterator[None]:
+    """Let no file grow larger than this: the machine's own refusal, like that of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_where_there_is_no_room_the_folder_is_named_and_nothing_is_left(
+    base: Path, tmp_path: Path
+) -> None:
+    model = with_adapter(base, LoraConfig(r=4))
+
+    with room_for(4096), pytest.raises(OSError, match="File too large") as told:
+        save_adapter(model, tmp_path / "adapter")
+
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(tmp_path / "adapter"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_there_is_no_room_the_adapter_before_stays(base: Path, tmp_path: Path) -> None:
+    save_adapter(with_adapter(base, LoraConfig(r=2)), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    with room_for(4096), pytest.raises(OSError, match="File too large"):
+        save_adapter(with_adapter(base, LoraConfig(r=8)), tmp_path)
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 
 from qlora_core import Dataset, TextEncoder, TrainConfig, train
 from qlora_core.errors import ResumePointError
-from qlora_core.nn import LoraConfig
+from qlora_core.nn import LoraConfig, add_lora
 from qlora_core.train import (
     Event,
     Notice,
@@ -27,6 +29,8 @@ from qlora_core.train import (
     TrainResult,
     ValidationMetrics,
 )
+from qlora_core.train.progress import Progress
+from qlora_core.train.resume import save_resume_point
 
 # 12 examples in batches of 4: epochs end after steps 3 and 6.
 TOTAL_STEPS = 6
@@ -335,6 +339,32 @@ def test_memory_settings_may_differ(
     )
 
     assert result.steps == TOTAL_STEPS
+
+
+def save_point(model: PreTrainedModel, folder: Path, step: int) -> Path:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return save_resume_point(
+        folder, model=model, optimizer=torch.optim.AdamW(parameters),
+        progress=Progress(step=step), best={}, identity={},
+    )  # fmt: skip
+
+
+def test_where_there_is_no_room_the_point_is_named_and_nothing_is_left(
+    load: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = load()
+    add_lora(model, LoraConfig(r=4))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as told:
+            save_point(model, tmp_path / "resume", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert (told.value.errno, told.value.filename) == (errno.EFBIG, str(tmp_path / "resume/step-3"))
+    assert list((tmp_path / "resume").iterdir()) == []
 
 
 def test_the_state_is_readable_by_people(run: Run, tmp_path: Path) -> None:
