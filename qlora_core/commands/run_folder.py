@@ -17,12 +17,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_core.errors import ConfigError
+from qlora_core.models.header import HeaderError, read_header
 
 if TYPE_CHECKING:
     from qlora_core.train import Event
 
 CONFIG, INPUTS, EVENTS = "config.toml", "inputs.json", "events.jsonl"
-_END_BYTES = 1 << 20
+_TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+_TEMPLATES = "additional_chat_templates"
+_PART_BYTES = 4096
 _STARTED = '"kind": "run_started"'
 
 
@@ -36,6 +45,7 @@ class RunFolder:
     Attributes:
         path: as given.
         is_begun: whether a run has been started in it before.
+        changed_versions: what `settled` found to be of another version than when the run began.
 
     Raises:
         ConfigError: there is a run in it and it is not to go on, or files of somebody else's.
@@ -54,31 +64,40 @@ class RunFolder:
         strangers = {one.name for one in path.glob("*")} - {CONFIG, INPUTS, EVENTS}
         if strangers and not self.is_begun:
             raise ConfigError(f"{path} has files in it; name another folder by --out")
-        self._settled: dict[str, Any] | None = None
+        self.changed_versions: list[str] = []
         self._file: Any = None
 
-    def settled(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def settled(
+        self, inputs: Mapping[str, Any], versions: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
         """Give the inputs with the time the run began, the first run's where there was one.
 
         Args:
             inputs: what the result depends on beside the trainer's settings, as JSON values.
+            versions: of the libraries, by name; others are no reason to lose a run, only to be told.
 
         Raises:
-            ConfigError: one of them is not what it was when the run began.
+            ConfigError: one of the inputs is not what it was when the run began, or nothing says what they were.
         """
+        if not self.is_begun:
+            return {"began": time.time(), **inputs, "versions": dict(versions or {})}
         before = self.path / INPUTS
-        if not (self.is_begun and before.is_file()):
-            return {"began": time.time(), **inputs}
         try:
             found = dict(json.loads(before.read_text(encoding="utf-8")))
             float(found["began"])
-        except (ValueError, TypeError, KeyError) as error:
+            then = dict(found["versions"])
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{before} is not what began the run: {error!r}") from error
         for name, value in inputs.items():
             if found.get(name) != value:
                 raise ConfigError(
                     f"{name} is not what it was when the run in {self.path} began; a run goes on only as it began"
                 )
+        self.changed_versions = [
+            f"{name} {then.get(name)}, now {now}"
+            for name, now in (versions or {}).items()
+            if then.get(name) != now
+        ]
         return found
 
     @contextmanager
@@ -128,19 +147,41 @@ def fingerprint(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def weights_fingerprint(model: Path) -> str:
-    """Return a sha256 that other weights do not have: of each file's name, length, and a part at both of its ends.
+def text_fingerprints(model: Path) -> dict[str, str | None]:
+    """Return the sha256 of each file that says how text becomes tokens, None where there is none.
 
-    A base model has too many bytes to read them twice.
+    They are the files of `read_text_files`; the additional templates have one sum together.
+    """
+    sums = {
+        f"model.path/{name}": fingerprint(model / name) if (model / name).is_file() else None
+        for name in _TEXT_FILES
+    }
+    templates = sorted((model / _TEMPLATES).glob("*.jinja"))
+    listed = "".join(f"{path.name} {fingerprint(path)}\n" for path in templates)
+    sums[f"model.path/{_TEMPLATES}"] = hashlib.sha256(listed.encode()).hexdigest()
+    return sums
+
+
+def weights_fingerprint(model: Path) -> str:
+    """Return a sha256 of each file's name, length and header, and of three short parts of every tensor.
+
+    A base model has too many bytes to read them twice. Training moves whole tensors, and is seen; a few values changed
+    by hand elsewhere are not.
     """
     digest = hashlib.sha256()
     for path in sorted(model.glob("*.safetensors")):
-        nbytes = path.stat().st_size
-        digest.update(f"{path.name} {nbytes}\n".encode())
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        try:
+            places = read_header(path)
+        except HeaderError:
+            continue  # loading refuses it by a better sentence
         with path.open("rb") as file:
-            digest.update(file.read(_END_BYTES))
-            file.seek(max(0, nbytes - _END_BYTES))
-            digest.update(file.read(_END_BYTES))
+            for name, place in places.items():
+                digest.update(f"{name} {place.dtype} {place.shape}\n".encode())
+                last = max(0, place.nbytes - _PART_BYTES)
+                for offset in sorted({0, last // 2, last}):
+                    file.seek(place.start + offset)
+                    digest.update(file.read(min(_PART_BYTES, place.nbytes)))
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,12 +71,13 @@ def _train(run: RunFile, folder: RunFolder, display: RunDisplay) -> tuple[TrainR
     from qlora_core.commands.devices import choose_compute_dtype, choose_device
     from qlora_core.commands.interruption import StopWish
     from qlora_core.text import TextEncoder
+    from qlora_core.train import Notice
     from qlora_core.train import train as train_adapter
 
     transformers.logging.disable_progress_bar()
     device = choose_device(run.model.device)
     dtype = choose_compute_dtype(device, run.model.compute_dtype)
-    inputs = folder.settled(_inputs(run, str(dtype)))
+    inputs = folder.settled(_inputs(run, str(dtype)), _versions())
     # The time the run began: a template that prints the date prints the same one when the run goes on.
     encoder = TextEncoder.from_folder(run.model.path, now=inputs["began"])
     config = run.with_context(encoder.context_length)
@@ -92,6 +94,9 @@ def _train(run: RunFile, folder: RunFolder, display: RunDisplay) -> tuple[TrainR
         display.tell(event)
 
     with folder.begun(run.path, inputs), display.shown(), StopWish() as wish:
+        if folder.changed_versions:
+            changed = "; ".join(folder.changed_versions)
+            sink(Notice("warn", f"Other libraries than when the run began: {changed}."))
         result = train_adapter(
             model,
             encoder,
@@ -111,13 +116,18 @@ def _train(run: RunFile, folder: RunFolder, display: RunDisplay) -> tuple[TrainR
 
 def _inputs(run: RunFile, dtype: str) -> dict[str, Any]:
     """Name what the result depends on beside the trainer's own settings, which the resume points keep."""
-    from qlora_core.commands.run_folder import fingerprint, weights_fingerprint
+    from qlora_core.commands.run_folder import (
+        fingerprint,
+        text_fingerprints,
+        weights_fingerprint,
+    )
 
     model, data = run.model, run.data
     return {
         "data.train": fingerprint(data.train),
         "data.validation": data.validation and fingerprint(data.validation),
         "model.config": fingerprint(model.path / "config.json"),
+        **text_fingerprints(model.path),
         "model.weights": weights_fingerprint(model.path),
         "model.compute_dtype": dtype,
         "model.quantize": model.quantize,
@@ -126,6 +136,11 @@ def _inputs(run: RunFile, dtype: str) -> dict[str, Any]:
         "model.scale": model.scale,
         "model.skip_modules": list(model.skip_modules),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Name the libraries that the numbers and the tokens come from."""
+    return {name: version(name) for name in ("torch", "transformers", "tokenizers")}
 
 
 def _samples(run: RunFile, encoder: TextEncoder) -> list[list[dict[str, str]]]:

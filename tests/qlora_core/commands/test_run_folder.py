@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from qlora_core.commands.run_folder import RunFolder
+from qlora_core.commands.run_folder import RunFolder, text_fingerprints, weights_fingerprint
 from qlora_core.errors import ConfigError
 from qlora_core.train import Notice, RunStarted
 
@@ -76,11 +78,13 @@ def test_files_of_somebody_else_are_not_touched(tmp_path: Path) -> None:
 def test_a_run_goes_on_only_as_it_began_and_with_the_time_it_began(
     tmp_path: Path, config: Path
 ) -> None:
-    began = start(tmp_path / "out", config).settled(INPUTS)["began"]
+    folder = RunFolder(tmp_path / "out", resume=False)
+    first = folder.settled(INPUTS)
+    with folder.begun(config, first):
+        folder.tell(STARTED)
     again = RunFolder(tmp_path / "out", resume=True)
 
-    assert again.settled(INPUTS) == {"began": json.loads((again.path / "inputs.json").read_text())["began"], **INPUTS}  # fmt: skip
-    assert again.settled(INPUTS)["began"] <= began
+    assert again.settled(INPUTS) == first
     with pytest.raises(ConfigError, match=r"data.train is not what it was when the run"):
         again.settled({**INPUTS, "data.train": "changed"})
 
@@ -92,6 +96,73 @@ def test_a_folder_whose_record_is_broken_is_refused(tmp_path: Path, config: Path
 
         with pytest.raises(ConfigError, match=r"inputs\.json is not what began the run"):
             RunFolder(tmp_path / broken, resume=True).settled(INPUTS)
+
+
+def test_a_run_without_a_record_of_its_inputs_is_refused(tmp_path: Path, config: Path) -> None:
+    start(tmp_path / "out", config)
+    (tmp_path / "out" / "inputs.json").unlink()
+
+    with pytest.raises(ConfigError, match=r"inputs\.json is not what began the run"):
+        RunFolder(tmp_path / "out", resume=True).settled(INPUTS)
+
+
+def test_other_versions_are_told_and_not_refused(tmp_path: Path, config: Path) -> None:
+    folder = RunFolder(tmp_path / "out", resume=False)
+    with folder.begun(config, folder.settled(INPUTS, {"torch": "1", "tokenizers": "2"})):
+        folder.tell(STARTED)
+    again = RunFolder(tmp_path / "out", resume=True)
+
+    again.settled(INPUTS, {"torch": "1", "tokenizers": "2"})
+    assert again.changed_versions == []
+    found = again.settled(INPUTS, {"torch": "1", "tokenizers": "3"})
+
+    assert again.changed_versions == ["tokenizers 2, now 3"]
+    assert found["versions"] == {"torch": "1", "tokenizers": "2"}
+
+
+@pytest.mark.parametrize("at", [0, 1, 7])
+def test_a_change_of_any_tensor_changes_the_fingerprint_of_the_weights(
+    tmp_path: Path, at: int
+) -> None:
+    tensors = {f"layer.{i}": torch.full((3, 300_000), float(i)) for i in range(8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = weights_fingerprint(tmp_path)
+    assert weights_fingerprint(tmp_path) == before
+
+    tensors[f"layer.{at}"] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    assert weights_fingerprint(tmp_path) != before
+
+
+def test_broken_weights_have_a_fingerprint_too(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 40)
+
+    assert len(weights_fingerprint(tmp_path)) == 64
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+    ],
+)
+def test_whatever_says_how_text_becomes_tokens_has_a_fingerprint(tmp_path: Path, name: str) -> None:
+    absent = text_fingerprints(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("one")
+    one = text_fingerprints(tmp_path)
+    (tmp_path / name).write_text("other")
+    other = text_fingerprints(tmp_path)
+
+    (changed,) = (key for key in absent if absent[key] != one[key])
+    assert [key for key in one if one[key] != other[key]] == [changed]
+    assert changed == f"model.path/{name.partition('/')[0]}"
 
 
 def test_two_at_once_are_refused(tmp_path: Path, config: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,22 @@ def test_a_run_goes_on_only_with_the_same_data_model_and_settings(
     file = write_run(train="n_epochs = 1")
     file.write_text(file.read_text().replace(str(base), str(other)))
     assert "model.weights is not what it was" in refusal(file, "--resume")
+
+
+def test_a_run_goes_on_only_with_the_same_tokenizer_and_template_but_with_other_libraries(
+    tmp_path: Path, base: Path, write_run: WriteRun
+) -> None:
+    file = write_run(train="n_epochs = 1")
+    own = shutil.copytree(base, tmp_path / "own")
+    file.write_text(file.read_text().replace(str(base), str(own)))
+    assert run(file).exit_code == 0
+    inputs = tmp_path / "out" / "inputs.json"
+    inputs.write_text(inputs.read_text().replace(torch.__version__, "1.13"))
+
+    assert "torch 1.13, now" in run(file, "--resume").stderr
+    (own / "chat_template.jinja").write_text("{{ messages }}")
+
+    assert "model.path/chat_template.jinja is not what it was" in refusal(file, "--resume")
 
 
 def test_an_adapter_is_trained_on_from_where_it_was(tmp_path: Path, write_run: WriteRun) -> None:
