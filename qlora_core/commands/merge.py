@@ -83,7 +83,8 @@ def merge(
     from qlora_core.export import merge as merge_adapter
     from qlora_core.models.checkpoint_folder import refuse_target
 
-    refuse_target(out, model, overwrite=force)
+    inputs = (adapter,) if original is None else (adapter, original)
+    refuse_target(out, model, overwrite=force, inputs=inputs)
     target = choose_device(device)
     base = load_base(
         model,

@@ -93,7 +93,7 @@ def merge(
 
     Raises:
         AdapterError: the model has no adapters, or one over a weight that other layers share.
-        ConfigError: a choice is not one of those above, or the output folder has files in it.
+        ConfigError: a choice is not one of those above, or the output folder has files in it, or holds what is read.
         ModelError: the original weights cannot be used, or are not those the model was quantized from.
         OSError: the disk is full, or refuses to be written to.
     """
@@ -101,7 +101,10 @@ def merge(
     original = _check_choice(onto, original_folder, dtype)
     _check_adapters(model)
     source = find_source(model, source or original)
-    refuse_target(output_folder, source, overwrite=overwrite)
+    read = (original, find_source(model, None))
+    refuse_target(
+        output_folder, source, overwrite=overwrite, inputs=[one for one in read if one is not None]
+    )
     skeleton = build_again(model)
     ids = draw_sample(model) if sample is None else _check_sample(model, sample)
     with written_whole(output_folder) as unfinished:

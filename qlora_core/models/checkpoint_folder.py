@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,15 @@ def find_source(model: PreTrainedModel, source: str | Path | None) -> Path | Non
     return Path(known) if known and Path(known).is_dir() else None
 
 
-def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None:
+def refuse_target(
+    folder: Path, source: Path | None, *, overwrite: bool, inputs: Iterable[Path] = ()
+) -> None:
     """Refuse to write where that would fail, or take away what is there.
 
     Raises:
         ConfigError: the folder is a file, a mount point, the current folder or above it, cannot be made, has files in it
-            that are not to be replaced, or holds ``source``; or a run that was cut off has set aside what it was.
+            that are not to be replaced, or holds ``source`` or one of ``inputs``; or a run that was cut off has set aside
+            what it was.
     """
     target = real(folder)
     if target.is_symlink():
@@ -53,6 +57,10 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
         raise ConfigError(f"{folder} leads through a folder that is not there; name it without ..")
     if source is not None and target in (real(source), *real(source).parents):
         raise ConfigError(f"{folder} holds the model that is to be saved; name another folder")
+    inputs = tuple(inputs)
+    for one in inputs:
+        if target in (real(one), *real(one).parents):
+            raise ConfigError(f"{folder} holds {one}, which is read; name another folder")
     here = Path.cwd()
     if target in (here, *here.parents):
         raise ConfigError(f"{folder} is the current folder, or above it; name a folder of its own")
@@ -60,7 +68,7 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
         raise ConfigError(
             f"{folder} is a mount point, which cannot be replaced; name a folder in it"
         )
-    _refuse_leftovers(folder, target, source)
+    _refuse_leftovers(folder, target, inputs if source is None else (source, *inputs))
     _refuse_unwritable(target)
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ConfigError(
@@ -69,9 +77,9 @@ def refuse_target(folder: Path, source: Path | None, *, overwrite: bool) -> None
         )
 
 
-def _refuse_leftovers(folder: Path, target: Path, source: Path | None) -> None:
+def _refuse_leftovers(folder: Path, target: Path, inputs: Iterable[Path]) -> None:
     for left in leftovers(target):
-        if source is not None and left in (real(source), *real(source).parents):
+        if any(left in (real(one), *real(one).parents) for one in inputs):
             raise ConfigError(
                 f"{left} is what a run to {folder} has left, which the next one removes; rename it first"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,23 @@ def test_what_the_user_did_wrong_is_one_sentence_and_nothing_is_written(
         assert sentence in told
         assert told.count("\n") == 1
     assert not out.exists()
+
+
+def test_what_is_read_is_never_replaced(base: Path, tmp_path: Path) -> None:
+    adapter = save_strong_adapter(base, tmp_path / "run" / "adapter")
+    original = tmp_path / "original"
+    shutil.copytree(base, original)
+    quantized = tmp_path / "nf4"
+    assert CliRunner().invoke(app, ["quantize", str(base), str(quantized)]).exit_code == 0
+    before = every_file(tmp_path)
+
+    for out in (adapter, adapter.parent, original, quantized):
+        told = refusal(
+            quantized, adapter, out, "--onto", "original", "--original", original, "--force"
+        )
+        assert "name another folder" in told
+        assert every_file(tmp_path) == before
+
+
+def every_file(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
