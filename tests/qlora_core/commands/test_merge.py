@@ -93,13 +93,16 @@ def test_the_base_has_to_be_chosen(base: Path, adapter: Path, tmp_path: Path) ->
 def test_what_the_user_did_wrong_is_one_sentence_and_nothing_is_written(
     base: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "merged"
+    out, other = tmp_path / "merged", tmp_path / "other"
+    other.mkdir()
+    (other / "mine.txt").write_text("keep")
 
     for sentence, arguments in {
         "there is no model folder": (tmp_path / "nowhere", adapter, out, "--onto", "original"),
         "adapter": (base, tmp_path / "nowhere", out, "--onto", "original"),
         "leave original_folder out": (base, adapter, out, "--onto", "dequantized", "--original", base),
-        "has files in it": (base, adapter, adapter, "--onto", "original"),
+        "which is read": (base, adapter, adapter, "--onto", "original"),
+        "has files in it": (base, adapter, other, "--onto", "original"),
     }.items():  # fmt: skip
         told = refusal(*arguments)
         assert sentence in told
