@@ -34,11 +34,9 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def choose_compute_dtype(device: torch.device, wanted: str = "auto") -> torch.dtype:
-    """Give a dtype by its name; "auto" is float32 on a CPU, else bfloat16, or float16 on a GPU without it."""
+    """Give a dtype by its name; "auto" is what `usual_compute_dtype` says."""
     import torch
 
-    if wanted != "auto":
-        return getattr(torch, wanted)
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    from qlora_core.models.placement import usual_compute_dtype
+
+    return usual_compute_dtype(device) if wanted == "auto" else getattr(torch, wanted)

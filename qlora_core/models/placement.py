@@ -30,6 +30,17 @@ def find_device(device: object) -> torch.device:
     return found
 
 
+def usual_compute_dtype(device: torch.device | str) -> torch.dtype:
+    """Give what products are computed in unless told otherwise: float32 on a CPU, else bfloat16, or float16 without it.
+
+    Cards before Ampere, such as T4 and V100, only emulate bfloat16, which torch counts unless it is asked not to.
+    """
+    if torch.device(device).type == "cpu":
+        return torch.float32
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
 def check_compute_dtype(dtype: object) -> None:
     """Refuse what no model computes in; raises ConfigError."""
     if dtype not in FLOATS:

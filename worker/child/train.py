@@ -10,11 +10,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
 import transformers
 
 from qlora_core.data import Dataset, load_dataset
 from qlora_core.models import load_model
+from qlora_core.models.placement import usual_compute_dtype
 from qlora_core.text import TextEncoder
 from qlora_core.train import TrainConfig, TrainResult, tell_reading, train
 from service.models.actions import resolve_folder
@@ -57,7 +57,7 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
     encoder = TextEncoder.from_folder(model_folder, now=spec["now"])
     dataset = _dataset(spec["training_file"], encoder, config, folder, report)
     validation = spec["validation_file"]
-    model = load_model(model_folder, device=device, compute_dtype=compute_dtype(device))
+    model = load_model(model_folder, device=device, compute_dtype=usual_compute_dtype(device))
     result = train(
         model,
         encoder,
@@ -74,13 +74,6 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         base_model_name_or_path=public_name(spec),
     )
     return _as_result(folder, result)
-
-
-def compute_dtype(device: str) -> torch.dtype:
-    """Return what products are computed in: bfloat16 on a GPU that has it, else float16; float32 on a CPU."""
-    if device == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def public_name(spec: dict[str, Any]) -> str:
