@@ -44,7 +44,9 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            _end("there is too little memory for that on the device; try --device cpu")
+            _end(
+                "there is too little memory for that on the device; use a smaller model, or the CPU"
+            )
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 

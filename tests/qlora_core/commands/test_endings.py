@@ -40,6 +40,7 @@ def test_an_error_is_a_sentence_on_stderr_and_code_2(
     assert told.out == ""
     assert sentence in told.err
     assert told.err.count("\n") == 1
+    assert "--device" not in told.err  # not every command has it
 
 
 def test_an_interruption_ends_with_130_and_no_words(capsys: pytest.CaptureFixture[str]) -> None:
