@@ -63,10 +63,16 @@ def estimate(
         typer.Argument(metavar="MODEL|CONFIG.toml", help="A model's folder, or a run's settings."),
     ],
     memory: Annotated[
-        str | None, typer.Option(help="Whether it fits into so much, such as 24GiB.")
+        str | None,
+        typer.Option(
+            help="Whether it fits into so much, such as 24GiB: a GPU's, unless --device cpu."
+        ),
     ] = None,
     device: Annotated[
-        Device | None, typer.Option(help="Where it would train; the file's, else what is here.")
+        Device | None,
+        typer.Option(
+            help="Where it would train; the file's, else a GPU with --memory, else what is here."
+        ),
     ] = None,
     card: Annotated[str, typer.Option(help="The GPU that times are calculated for.")] = "H100",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -107,7 +113,8 @@ def _of_model(folder: Path) -> Asked:
     from qlora_core.estimate.settings import TrainSettings
 
     config, _ = read_model_config(folder)
-    most = (config.get("text_config") or config).get("max_position_embeddings")
+    inner = config.get("text_config")
+    most = (inner if isinstance(inner, dict) else config).get("max_position_embeddings")
     context = TrainSettings().context_length
     if isinstance(most, int) and 2 <= most < context:
         context = most

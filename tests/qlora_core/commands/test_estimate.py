@@ -102,7 +102,7 @@ def test_the_table_says_each_kind_and_whether_it_fits(base: Path) -> None:
         assert row in fits
     assert "fits into 24.0 GiB" in fits
     assert "yes" in fits
-    assert "fits into 1 MiB" in not_at_all
+    assert "fits into 1.0 MiB" in not_at_all
     assert "are missing" in not_at_all
     assert "Assumed: step time is calculated, not measured" in fits
 
@@ -114,6 +114,19 @@ def test_nothing_is_said_of_fitting_where_there_is_no_gpu_and_no_memory_given(ba
     found = document(base)
 
     assert (found["device"], found["fits"]) == ("cpu", None)
+
+
+def test_a_config_whose_text_part_is_no_object_ends_in_a_sentence_or_an_estimate(
+    tmp_path: Path, base: Path
+) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"text_config": [1]}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+
+    result = run(file)
+
+    assert result.exit_code in (0, 2)
+    assert result.exception is None or isinstance(result.exception, SystemExit)
 
 
 def test_what_the_user_did_wrong_is_one_sentence(

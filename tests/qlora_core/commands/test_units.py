@@ -14,8 +14,9 @@ def test_times_are_written_as_on_a_clock(seconds: float, text: str) -> None:
 
 
 def test_sizes_are_in_the_unit_that_suits_them() -> None:
-    assert size(600 * 2**20) == "600 MiB"
+    assert size(600 * 2**20) == "600.0 MiB"
     assert size(3 * 2**29) == "1.5 GiB"
+    assert size(150 * 2**10) == "0.1 MiB"
 
 
 @pytest.mark.parametrize(
@@ -36,4 +37,10 @@ def test_a_size_is_read_in_its_unit(text: str, nbytes: int) -> None:
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "24 gigs", "1e9", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="a size is written such as 24GiB"):
+        read_size(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "8388608TiB"], ids=len)
+def test_more_than_any_memory_holds_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="less than 8388608TiB"):
         read_size(text)
