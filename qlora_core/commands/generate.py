@@ -16,6 +16,7 @@ from qlora_core.commands.printable import printable
 from qlora_core.commands.quantization import (
     BlockSize,
     DoubleQuant,
+    Quantize,
     QuantizeHead,
     Scale,
     ScaleSearch,
@@ -48,6 +49,7 @@ def generate(
         float, typer.Option(min=0.0, max=100.0, help="0 for the likeliest token each time.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of what is drawn.")] = 0,
+    quantize: Quantize = True,
     block_size: BlockSize = 64,
     double_quant: DoubleQuant = True,
     skip_module: SkipModule = None,
@@ -55,9 +57,10 @@ def generate(
     scale: ScaleSearch = Scale.ABSMAX,
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.AUTO,
 ) -> None:
-    """Answer a prompt with a model in NF4, with or without an adapter."""
+    """Answer a prompt with a model, in NF4 unless told otherwise, with or without an adapter."""
     from qlora_core.commands.prompts import encode_prompt
     from qlora_core.export import load_adapter
+    from qlora_core.export.adapter_folder import read_adapter
     from qlora_core.text import TextEncoder
     from qlora_core.train.generate import continue_prompt
 
@@ -66,11 +69,14 @@ def generate(
     if isinstance(asked, str) and encoder.has_chat_template:
         asked = [{"role": "user", "content": asked}]
     ids = encode_prompt(encoder, asked, name=str(messages) if messages else "the prompt")
+    if adapter is not None:
+        read_adapter(adapter)  # what is wrong with it is told before the base is loaded
     target = choose_device(device)
     base = load_base(
         model,
         target,
         choose_compute_dtype(target),
+        quantize=quantize,
         block_size=block_size,
         double_quant=double_quant,
         skip_module=skip_module,

@@ -17,12 +17,14 @@ from qlora_core.commands.progress import byte_bar
 from qlora_core.commands.quantization import (
     BlockSize,
     DoubleQuant,
+    Quantize,
     QuantizeHead,
     Scale,
     ScaleSearch,
     SkipModule,
     load_base,
 )
+from qlora_core.commands.units import size
 
 if TYPE_CHECKING:
     from qlora_core.export import MergeResult
@@ -61,8 +63,12 @@ def merge(
         typer.Option(help="Folder of the original weights, where MODEL itself is in NF4."),
     ] = None,
     dtype: Annotated[
-        Dtype, typer.Option(help="Of the merged weights; auto keeps the base's.")
+        Dtype,
+        typer.Option(
+            help="Of the merged weights; auto keeps the base's, or what it is computed in with --no-quantize."
+        ),
     ] = Dtype.AUTO,
+    quantize: Quantize = True,
     block_size: BlockSize = 64,
     double_quant: DoubleQuant = True,
     skip_module: SkipModule = None,
@@ -81,15 +87,18 @@ def merge(
 
     from qlora_core.export import load_adapter
     from qlora_core.export import merge as merge_adapter
+    from qlora_core.export.adapter_folder import read_adapter
     from qlora_core.models.checkpoint_folder import refuse_target
 
     inputs = (adapter,) if original is None else (adapter, original)
     refuse_target(out, model, overwrite=force, inputs=inputs)
+    read_adapter(adapter)  # what is wrong with it is told before the base is loaded
     target = choose_device(device)
     base = load_base(
         model,
         target,
         choose_compute_dtype(target),
+        quantize=quantize,
         block_size=block_size,
         double_quant=double_quant,
         skip_module=skip_module,
@@ -115,8 +124,8 @@ def _print_summary(result: MergeResult) -> None:
     apart = result.difference
     table = Table(show_header=False)
     table.add_row("merged onto", f"the {result.onto} weights")
-    table.add_row("weights", f"{result.weight_bytes / 2**20:,.1f} MiB in {result.dtype}")
-    table.add_row("compared with", "the model in NF4 with the adapter beside it")
+    table.add_row("weights", f"{size(result.weight_bytes)} in {result.dtype}")
+    table.add_row("compared with", "the model with the adapter beside it")
     table.add_row("  tokens", f"{apart.n_tokens:,} drawn at random")
     table.add_row("  largest difference of logits", f"{apart.max_abs:.3g}")
     table.add_row("  mean KL divergence", f"{apart.mean_kl:.3g} nats")

@@ -20,6 +20,10 @@ class Scale(StrEnum):
     MSE = "mse"
 
 
+Quantize = Annotated[
+    bool,
+    typer.Option("--quantize/--no-quantize", help="Whether the adapter was trained over NF4."),
+]
 BlockSize = Annotated[
     int, typer.Option(help="Elements per scale, as the adapter was trained over.")
 ]
@@ -36,28 +40,34 @@ QuantizeHead = Annotated[
 ScaleSearch = Annotated[Scale, typer.Option(help="As the adapter was trained over.")]
 
 
+def skipped_modules(skip_module: list[str] | None, *, quantize_head: bool) -> list[str]:
+    """Give the layers that stay dense: those that are named, and the output head unless it is asked for."""
+    return [*(skip_module or ()), *(() if quantize_head else ("lm_head",))]
+
+
 def load_base(
     model: Path,
     device: torch.device,
     dtype: torch.dtype,
     *,
+    quantize: bool,
     block_size: int,
     double_quant: bool,
     skip_module: list[str] | None,
     quantize_head: bool,
     scale: Scale,
 ) -> PreTrainedModel:
-    """Load a model in NF4 with a bar on stderr; raises what `load_model` does."""
+    """Load a model, in NF4 or dense, with a bar on stderr; raises what `load_model` does."""
     from qlora_core.commands.progress import byte_bar
     from qlora_core.models import load_model
 
-    skipped = [*(skip_module or ()), *(() if quantize_head else ("lm_head",))]
     with byte_bar() as start:
         return load_model(
             model,
             device=device,
             compute_dtype=dtype,
-            skip_modules=skipped,
+            quantize=quantize,
+            skip_modules=skipped_modules(skip_module, quantize_head=quantize_head),
             block_size=block_size,
             double_quant=double_quant,
             scale=scale.value,

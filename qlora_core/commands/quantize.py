@@ -16,7 +16,8 @@ from rich.text import Text
 from qlora_core.commands.devices import Device, choose_device
 from qlora_core.commands.endings import guarded
 from qlora_core.commands.progress import byte_bar
-from qlora_core.commands.quantization import Scale
+from qlora_core.commands.quantization import Scale, skipped_modules
+from qlora_core.commands.units import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,7 +65,7 @@ def quantize(
 
     began = time.monotonic()
     target = choose_device(device)
-    skipped = [*(skip_module or ()), *(() if quantize_head else ("lm_head",))]
+    skipped = skipped_modules(skip_module, quantize_head=quantize_head)
     dtype = refuse_beforehand(model, out, skip_modules=skipped, overwrite=force)
     with byte_bar() as start:
         loaded = load_model(
@@ -110,14 +111,14 @@ def _print_summary(
     table.add_row("  in NF4", f"{_count(census.quantized)} at {census.quantized_bits:.3f} bits")
     table.add_row("  embeddings and head", _count(census.embeddings))
     table.add_row("  other", _count(census.others))
-    table.add_row("size", f"{_size(before)} before, {_size(after)} now ({after / before:.0%})")
+    table.add_row("size", f"{size(before)} before, {size(after)} now ({after / before:.0%})")
     table.add_row("bits per parameter", f"{census.bits:.3f}")
     table.add_row("time", f"{seconds:.1f} s")
     # Linux gives the peak in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    table.add_row("peak memory", _size(peak))
+    table.add_row("peak memory", size(peak))
     if on_gpu is not None:
-        table.add_row("peak on the GPU", _size(on_gpu))
+        table.add_row("peak on the GPU", size(on_gpu))
     console = Console(highlight=False)
     console.print(Text(str(out), "italic"), soft_wrap=True)
     console.print(table)
@@ -125,7 +126,3 @@ def _print_summary(
 
 def _count(parameters: int) -> str:
     return f"{parameters / 1e6:,.2f} M"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ def refusal(*arguments: object) -> str:
     return result.stderr
 
 
-def expected(base: Path, prompt: Any, *, adapter: Path | None = None) -> str:
+def expected(base: Path, prompt: Any, *, adapter: Path | None = None, quantize: bool = True) -> str:
     encoder = TextEncoder.from_folder(base)
-    model = load_model(base, device="cpu", compute_dtype=torch.float32)
+    model = load_model(base, device="cpu", compute_dtype=torch.float32, quantize=quantize)
     if adapter is not None:
         load_adapter(model, adapter)
     return encoder.decode(generate(model, encoder, encoder.encode_prompt(prompt), max_new_tokens=9))
@@ -59,6 +60,24 @@ def test_an_adapter_answers_otherwise(base: Path, tmp_path: Path) -> None:
 
     assert result.stdout == expected(base, QUESTION, adapter=adapter) + "\n"
     assert result.stdout != expected(base, QUESTION) + "\n"
+
+
+def test_an_adapter_trained_over_a_dense_base_answers_over_it(base: Path, tmp_path: Path) -> None:
+    adapter = save_strong_adapter(base, tmp_path / "adapter")
+
+    result = run(base, "Hm?", "--max-new-tokens", 9, "--adapter", adapter, "--no-quantize")
+
+    question = [{"role": "user", "content": "Hm?"}]
+    dense = expected(base, question, adapter=adapter, quantize=False)
+    assert result.stdout == dense + "\n"
+
+
+def test_a_wrong_adapter_is_told_before_the_base_is_loaded(base: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+
+    assert "nowhere" in refusal(broken, "x", "--adapter", tmp_path / "nowhere")
 
 
 def test_without_a_chat_template_a_text_is_gone_on_with(tmp_path: Path) -> None:

@@ -128,3 +128,26 @@ def test_what_is_read_is_never_replaced(base: Path, tmp_path: Path) -> None:
 
 def every_file(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_adapter_trained_over_a_dense_base_is_merged_over_it(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    result = run(base, adapter, tmp_path / "merged", "--onto", "dequantized", "--no-quantize")
+
+    assert result.exit_code == 0, result.output
+    model = load_model(base, device="cpu", compute_dtype=torch.float32, quantize=False)
+    load_adapter(model, adapter)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    torch.testing.assert_close(logits_of(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_wrong_adapter_is_told_before_the_base_is_loaded(base: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(base, broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+
+    told = refusal(broken, tmp_path / "nowhere", tmp_path / "out", "--onto", "dequantized")
+
+    assert "nowhere" in told
