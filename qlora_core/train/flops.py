@@ -126,7 +126,9 @@ def _active_experts(config: Any) -> int:  # noqa: ANN401 - any family's config
 
 
 def _attention(config: Any) -> Iterator[Attention]:  # noqa: ANN401
-    n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
+    n_layers, n_heads = config.num_hidden_layers, getattr(config, "num_attention_heads", None)
+    if not n_heads:  # a model of state spaces alone
+        return
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     # Multi-head latent attention has keys of another width than its values.
     value_dim = getattr(config, "v_head_dim", None) or head_dim

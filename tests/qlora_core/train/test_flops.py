@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Gemma3TextConfig,
+    MambaConfig,
     MistralConfig,
     MixtralConfig,
 )
@@ -173,3 +174,12 @@ def test_known_cards_have_their_data_sheets_peak(name: str, tflops: float) -> No
 )
 def test_other_cards_have_none(name: str) -> None:
     assert peak_flops_per_s(name) is None
+
+
+def test_a_model_without_attention_counts_none() -> None:
+    config = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, state_size=4)
+
+    shapes = count_shapes(AutoModelForCausalLM.from_config(config))
+
+    assert shapes.attention == ()
+    assert shapes.frozen + shapes.trained > 0
