@@ -15,3 +15,11 @@ def quoted(value: object, characters: int = MOST_CHARACTERS) -> str:
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape").decode() for one in cut
     )
+
+
+def shown(value: object) -> str:
+    """Give a value as a message can show it, with marks around a text; what is too large for ``repr``, by its kind."""
+    try:
+        return quoted(repr(value))
+    except (ValueError, RecursionError):
+        return f"a very large {type(value).__name__}"

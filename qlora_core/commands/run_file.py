@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from qlora_core.errors import ConfigError
 from qlora_core.nn.config import LoraConfig
-from qlora_core.quoting import quoted
+from qlora_core.quoting import shown
 from qlora_core.train.config import TrainConfig
 
 _ALSO_SPELLED = ("lora_alpha", "lora_dropout")
@@ -112,12 +112,15 @@ _MODEL_KINDS: dict[str, object] = {
     "skip_modules": list,
 }
 _DATA_KINDS: dict[str, object] = {"train": Path, "validation": Path, "samples": list}
-_KNOWN: dict[str, list[str]] = {
+KNOWN: dict[str, list[str]] = {
     "model": [*_MODEL_KINDS],
     "data": [*_DATA_KINDS],
     "train": [one.name for one in fields(TrainConfig) if one.name != "lora"],
     "lora": [one.name for one in fields(LoraConfig)],
 }
+"""The settings of each section."""
+
+_MOST_NESTED = 8  # a rank by pattern is three deep
 
 
 def read_run_file(path: Path) -> RunFile:
@@ -130,21 +133,39 @@ def read_run_file(path: Path) -> RunFile:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
+    except RecursionError:
+        raise ConfigError(f"{path}: it is nested too deeply") from None
     try:
+        _refuse_boundless(content)
         return _checked(path, content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from error
 
 
+def _refuse_boundless(content: dict[str, Any]) -> None:
+    """Refuse what Python reads of TOML, but cannot print, or make a float of."""
+    level: list[Any] = [content]
+    for _ in range(_MOST_NESTED):
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict | list):
+                below += one.values() if isinstance(one, dict) else one
+            elif isinstance(one, int) and not -(2**63) <= one < 2**63:
+                raise ConfigError("a number has more than 64 bits")
+        level = below
+    if level:
+        raise ConfigError("it is nested too deeply")
+
+
 def _checked(path: Path, content: dict[str, Any]) -> RunFile:
-    _refuse_unknown("", content, ["output", *_KNOWN])
+    _refuse_unknown("", content, ["output", *KNOWN])
     sections: dict[str, dict[str, Any]] = {}
-    for name, known in _KNOWN.items():
+    for name, known in KNOWN.items():
         section = content.get(name, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"{name} must be a section, [{name}], not {_shown(section)}")
+            raise ConfigError(f"{name} must be a section, [{name}], not {shown(section)}")
         _refuse_unknown(name, section, [*known, *(_ALSO_SPELLED if name == "lora" else ())])
         sections[name] = section
     _require("model", "path", sections["model"])
@@ -186,24 +207,31 @@ def _value(name: str, value: object, kind: object, folder: Path) -> Any:  # noqa
     """Check one value; a path becomes one from the file's folder."""
     if isinstance(kind, tuple):
         if value not in kind:
-            raise ConfigError(f"{name} must be one of {', '.join(kind)}, not {_shown(value)}")
+            raise ConfigError(f"{name} must be one of {', '.join(kind)}, not {shown(value)}")
         return value
     if kind is list:
         if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-            raise ConfigError(f"{name} must be a list of strings, not {_shown(value)}")
+            raise ConfigError(f"{name} must be a list of strings, not {shown(value)}")
         return tuple(value)
     if kind is bool or kind is int:
         if type(value) is not kind:
             wanted = "true or false" if kind is bool else "a whole number"
-            raise ConfigError(f"{name} must be {wanted}, not {_shown(value)}")
+            raise ConfigError(f"{name} must be {wanted}, not {shown(value)}")
         return value
     if not isinstance(value, str) or not value:
-        raise ConfigError(f"{name} must be a string, not {_shown(value)}")
-    return folder / Path(value).expanduser() if kind is Path else value
+        raise ConfigError(f"{name} must be a string, not {shown(value)}")
+    return _path(name, value, folder) if kind is Path else value
 
 
-def _shown(value: object) -> str:
-    return quoted(repr(value))
+def _path(name: str, value: str, folder: Path) -> Path:
+    if "\0" in value:
+        raise ConfigError(f"{name} must have no NUL in it, not {shown(value)}")
+    try:
+        return folder / Path(value).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{name} is in the home of a user who is not here, {shown(value)}"
+        ) from None
 
 
 def _require(section: str, name: str, given: Mapping[str, Any]) -> None:
@@ -216,7 +244,7 @@ def _refuse_unknown(section: str, given: Iterable[str], known: list[str]) -> Non
         if key in known:
             continue
         where = f"[{section}] has no setting {key}" if section else f"there is no setting {key}"
-        elsewhere = [name for name, keys in _KNOWN.items() if key in keys]
+        elsewhere = [name for name, keys in KNOWN.items() if key in keys]
         nearest = get_close_matches(key, known, n=1)
         if elsewhere:
             raise ConfigError(f"{where}; it belongs in [{elsewhere[0]}]")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self, TypeVar
 
 from qlora_core.errors import ConfigError
+from qlora_core.quoting import shown
 
 ALL_LINEAR = "all-linear"
 
@@ -65,9 +66,11 @@ class LoraConfig:
         _check_rank("r", self.r)
         _check_alpha("alpha", self.alpha)
         if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(f"LoRA's dropout must be in [0, 1), not {self.dropout!r}")
+            raise ConfigError(f"LoRA's dropout must be in [0, 1), not {shown(self.dropout)}")
         if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"LoRA's use_rslora must be true or false, not {self.use_rslora!r}")
+            raise ConfigError(
+                f"LoRA's use_rslora must be true or false, not {shown(self.use_rslora)}"
+            )
         set_frozen = (
             object.__setattr__
         )  # a list from JSON is as good; the frozen config keeps a tuple
@@ -152,20 +155,20 @@ def matching(paths: Iterable[str], name: str) -> list[str]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_rank(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST_RANK:
         raise ConfigError(
-            f"LoRA's {name} must be a whole number from 1 to {_MOST_RANK}, not {value!r}"
+            f"LoRA's {name} must be a whole number from 1 to {_MOST_RANK}, not {shown(value)}"
         )
 
 
 def _check_alpha(name: str, value: Any) -> None:  # noqa: ANN401 - whatever JSON held
     if not _is_number(value) or not 0 < value <= _MOST_ALPHA:
         raise ConfigError(
-            f"LoRA's {name} must be a number above 0, up to {_MOST_ALPHA:.0f}, not {value!r}"
+            f"LoRA's {name} must be a number above 0, up to {_MOST_ALPHA:.0f}, not {shown(value)}"
         )
 
 
@@ -182,14 +185,14 @@ def _choice(name: str, value: Any) -> str | tuple[str, ...]:  # noqa: ANN401 - w
 def _names(name: str, value: Any) -> tuple[str, ...]:  # noqa: ANN401 - whatever JSON held
     names = None if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if names is None or not all(isinstance(one, str) and one for one in names):
-        raise ConfigError(f"LoRA's {name} must be a list of names, not {value!r}")
+        raise ConfigError(f"LoRA's {name} must be a list of names, not {shown(value)}")
     return tuple(dict.fromkeys(names))
 
 
 def _pattern(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - whatever JSON held
     if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
         raise ConfigError(
-            f"LoRA's {name} must map names or regular expressions to values, not {value!r}"
+            f"LoRA's {name} must map names or regular expressions to values, not {shown(value)}"
         )
     for key in value:
         _check_expression(name, key)
@@ -199,7 +202,7 @@ def _pattern(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - whateve
 def _check_expression(name: str, expression: str) -> None:
     try:
         re.compile(f"({expression})")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"LoRA's {name} has {expression!r}, which is no regular expression: {error}"
+            f"LoRA's {name} has {shown(expression)}, which is no regular expression: {error}"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from qlora_core.errors import ConfigError
 from qlora_core.nn import LoraConfig
 from qlora_core.optim import OPTIMIZERS, SCHEDULES, warmup_share
+from qlora_core.quoting import shown
 
 DEFAULT_WARMUP_RATIO = 0.03
 
@@ -147,21 +147,24 @@ def _check(name: str, value: object) -> None:
         _check_number(name, value, low, high, closed=closed)
     elif name in _CHOICES:
         if value not in _CHOICES[name]:
-            raise ConfigError(f"{name} must be one of {', '.join(_CHOICES[name])}, not {value!r}")
+            raise ConfigError(
+                f"{name} must be one of {', '.join(_CHOICES[name])}, not {shown(value)}"
+            )
     elif name in _FLAGS:
         if not isinstance(value, bool):
-            raise ConfigError(f"{name} must be true or false, not {value!r}")
+            raise ConfigError(f"{name} must be true or false, not {shown(value)}")
     elif not isinstance(value, LoraConfig):
         raise ConfigError(f"lora must be a LoraConfig, not {type(value).__name__}")
 
 
 def _check_integer(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, not {shown(value)}")
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, closed: bool) -> None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not low <= value <= high or (value == low and not closed):  # type: ignore[operator]
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    # NaN is within no bounds.
+    if not good or not low <= value <= high or (value == low and not closed):
         bounds = f"from {low:g}" if closed else f"above {low:g} and up"
-        raise ConfigError(f"{name} must be a number {bounds} to {high:g}, not {value!r}")
+        raise ConfigError(f"{name} must be a number {bounds} to {high:g}, not {shown(value)}")
