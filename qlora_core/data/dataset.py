@@ -69,6 +69,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id of all tokens."""
+        return self._store.largest_id
+
     def example(self, index: int) -> tuple[Tensor, Tensor]:
         """Return one example: ids int32 [tokens] and the loss mask bool [tokens], newly read."""
         return self._store.read(self._starts[index], self.lengths[index])

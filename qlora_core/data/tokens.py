@@ -25,6 +25,9 @@ class TokenStore:
     Args:
         folder: where the file is made once one is needed; the system's for temporary files if not given.
         in_memory_bytes: how much is kept in memory before there is a file.
+
+    Attributes:
+        largest_id: of all tokens, -1 while there are none.
     """
 
     def __init__(
@@ -33,11 +36,15 @@ class TokenStore:
         # It moves what it holds into an unnamed file of its own accord.
         self._file = tempfile.SpooledTemporaryFile(in_memory_bytes, dir=folder)  # noqa: SIM115 - for this one's life
         weakref.finalize(self, self._file.close)
+        self.largest_id = -1
 
     def append(self, tokens: array[int]) -> None:
         """Add tokens: int32, the complement of the id (``~id``, below 0) where a token is trained."""
         self._file.seek(0, os.SEEK_END)
         self._file.write(tokens.tobytes())
+        if tokens:
+            most, least = max(tokens), min(tokens)
+            self.largest_id = max(self.largest_id, most, ~least)
 
     def read(self, start: int, count: int) -> tuple[Tensor, Tensor]:
         """Return ids int32 [count] and the loss mask bool [count] of the tokens from number ``start`` on."""

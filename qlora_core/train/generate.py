@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_core.text import TextEncoder
+from qlora_core.train.vocabulary import refuse_unknown_ids
 
 
 def generate(
@@ -46,7 +47,11 @@ def continue_prompt(
 
     Yields:
         The new ids, without the stop token.
+
+    Raises:
+        ModelUnsupported: the prompt holds an id that the model has no embedding for.
     """
+    refuse_unknown_ids(model, max(prompt_ids))
     was_training = model.training
     model.eval()
     room = max_new_tokens

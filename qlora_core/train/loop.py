@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qlora_core.data import Dataset
+from qlora_core.errors import ConfigError
 from qlora_core.nn import lora_disabled
 from qlora_core.text import TextEncoder
 from qlora_core.train.config import TrainConfig
@@ -99,12 +100,15 @@ def train(
 
     Raises:
         AdapterError: ``adapter`` is not one that fits the model and ``config.lora``.
-        ConfigError: the model has adapters already, a LoRA target is not there, or a setting needs a
-            validation set and there is none.
+        ConfigError: ``config`` is no TrainConfig, the model has adapters already, a LoRA target is not
+            there, or a setting needs a validation set and there is none.
         LossNotFiniteError: three steps in a row had a loss or gradient that is NaN or infinite.
+        ModelUnsupported: the data holds token ids that the model has no embedding for.
         OutOfMemoryError: the device ran out of memory.
         ResumePointError: the resume point belongs to another run.
     """
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"config must be a TrainConfig, not {type(config).__name__}")
     with out_of_memory_named(model.device):
         run = prepare(
             model,

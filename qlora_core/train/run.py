@@ -32,6 +32,7 @@ from qlora_core.train.loss import SupervisedLoss
 from qlora_core.train.memory import MemoryMeter
 from qlora_core.train.packing import Packing, alone_above, choose_packing
 from qlora_core.train.progress import Progress
+from qlora_core.train.vocabulary import known_pad_id, refuse_unknown_examples
 from qlora_core.train.weights import Weights
 
 # Settings that change memory and speed, never the result: a run may resume with others.
@@ -137,7 +138,9 @@ def prepare(
         AdapterError: ``adapter`` is not one that fits the model and ``config.lora``.
         ConfigError: the model has adapters already, a LoRA target is not there, or a setting needs a
             validation set and there is none.
+        ModelUnsupported: the data holds token ids that the model has no embedding for.
     """
+    refuse_unknown_examples(model, [dataset, validation])
     if validation is None:
         _refuse_without_validation(config)
     if adapter is None:
@@ -226,7 +229,7 @@ def _batching(
     return Batching(
         max_tokens=config.micro_batch_tokens,
         packed=packing is not Packing.NONE,
-        pad_id=encoder.pad_id,
+        pad_id=known_pad_id(model, encoder),
         pass_tokens=pass_tokens(model.device),
         alone_above=alone_above(model),
     )

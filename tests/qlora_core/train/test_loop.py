@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_core import Dataset, TextEncoder, TrainConfig, load_adapter, load_model, train
 from qlora_core.data import epoch_order, windows
-from qlora_core.errors import ConfigError, LossNotFiniteError, OutOfMemoryError
+from qlora_core.errors import ConfigError, LossNotFiniteError, ModelUnsupported, OutOfMemoryError
 from qlora_core.nn import LoraConfig, add_lora, lora_disabled, lora_modules
 from qlora_core.train import (
     CheckpointSaved,
@@ -29,6 +29,7 @@ from qlora_core.train import (
     StepMetrics,
     ValidationMetrics,
 )
+from qlora_core.train.generate import generate
 from tests.tiny_models import save_tiny_gemma2, save_tiny_llama, save_tiny_qwen2
 
 Load = Callable[[], PreTrainedModel]
@@ -409,3 +410,24 @@ def test_the_trained_gradient_is_pefts(
     for path, module in lora_modules(model).items():
         theirs = reference.get_submodule(f"base_model.model.{path}").lora_B["default"].weight
         torch.testing.assert_close(module.lora_B, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_without_settings_the_run_is_refused(
+    load: Load, encoder: TextEncoder, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="config must be a TrainConfig, not NoneType"):
+        train(load(), encoder, make_dataset(4), None, print, output_dir=tmp_path)  # pyright: ignore[reportArgumentType]
+
+
+def test_a_tokenizer_of_more_ids_than_the_model_has_is_refused(
+    encoder: TextEncoder, config: MakeConfig, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    folder = save_tiny_llama(tmp_path / "small", vocab_size=40)
+    model = load_model(folder, device="cpu", compute_dtype=torch.float32)
+
+    with pytest.raises(ModelUnsupported, match=r"ids up to \d+, .* know 40 of them"):
+        train(model, encoder, make_dataset(4), config(), print, output_dir=tmp_path / "out")
+
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelUnsupported, match=r"ids up to 41, .* know 40 of them"):
+        generate(model, encoder, [3, 41])
