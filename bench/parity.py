@@ -8,19 +8,16 @@ of a run. It keeps them with the curves in `bench/results/`. The runs are those 
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.surroundings import RESULTS, ROOT, surroundings
 from tests.qlora_core.train.beside_bitsandbytes import two_curves, worst
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
@@ -60,16 +57,10 @@ def _row(rate: float) -> dict[str, Any]:
 
 
 def _keep(rows: list[dict[str, Any]]) -> None:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    versions = {name: version(name) for name in _PACKAGES}
+    about = surroundings(*_PACKAGES)
     RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"parity-cpu-{commit.stdout.strip()}.json"
-    file.write_text(json.dumps({"model": "tiny-llama", "versions": versions, "rows": rows}) + "\n")
+    file = RESULTS / f"parity-cpu-{about['commit']}.json"
+    file.write_text(json.dumps(about | {"model": "tiny-llama", "rows": rows}) + "\n")
     print(f"Kept in {file.relative_to(ROOT)}")
 
 

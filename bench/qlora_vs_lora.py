@@ -3,31 +3,28 @@
 `.venv/bin/python -m bench.qlora_vs_lora` trains both on the demo's questions about Python's standard library, with each of
 several seeds, and measures the loss on questions about modules that neither the base model nor a run has seen. Two runs of a
 seed see the same examples in the same order from the same start of the adapter, so their difference is the weights' alone. It prints a table, keeps the
-losses in `bench/results/` and draws them for `docs/`. A run that the file has is not done again: a cut-off bench goes on.
+losses in `bench/results/` and, where all is as by default, draws them for `docs/`. A run that the file has is not done again: a cut-off bench goes on.
 On a CPU both compute in float32, on one thread.
 """
 
 import argparse
 import json
-import platform
+import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.qlora_vs_lora_picture import draw
+from bench.surroundings import RESULTS, ROOT, surroundings
 from operations.demo.docstrings import DemoFiles, write_demo_files
 from qlora_core import LoraConfig, TextEncoder, TrainConfig, load_dataset, load_model, train
 from qlora_core.train import Event, ValidationMetrics
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 PICTURE = ROOT / "docs" / "formats" / "qlora-against-lora.png"
 BASES = ("16-bit", "NF4+DQ")
 _CONTEXT_LENGTH = 256
@@ -48,22 +45,29 @@ def main() -> int:
     parser.add_argument(
         "--file", type=Path, help="of the results; one for this commit if not given"
     )
-    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        help="to draw; that of docs/ if not given and what is trained is as by default",
+    )
     arguments = parser.parse_args()
+    whole = vars(parser.parse_args([])) | {"file": arguments.file, "picture": None}
+    picture = PICTURE if vars(arguments) == whole else arguments.picture
+    about = surroundings("torch", "transformers")
 
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    file = arguments.file or RESULTS / f"qlora_vs_lora-{arguments.device}-{_commit()}.json"
+    file = arguments.file or RESULTS / f"qlora_vs_lora-{arguments.device}-{about['commit']}.json"
     kept = json.loads(file.read_text()) if file.exists() else {"runs": []}
     asked = {
         "model": arguments.model.name, "examples": arguments.examples, "validation": arguments.validation,
         "epochs": arguments.epochs, "rate": arguments.rate, "device": arguments.device,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "transformers")},
+        "versions": about["versions"],
     }  # fmt: skip
     if {name: kept.get(name, value) for name, value in asked.items()} != asked:
         print(f"{file} is of other settings", file=sys.stderr)
         return 2
-    kept |= asked
+    kept = about | kept | asked
     done = {(run["base"], run["seed"]) for run in kept["runs"]}
     with tempfile.TemporaryDirectory() as scratch:
         files = write_demo_files(
@@ -73,12 +77,21 @@ def main() -> int:
             for base in BASES:
                 if (base, seed) not in done:
                     kept["runs"].append(_run(arguments, files, base, seed, Path(scratch)))
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_text(json.dumps(kept) + "\n")
+                    _keep(kept, file)
     print(table(kept["runs"]))
-    draw(kept, arguments.picture)
-    print(f"Kept in {file}, drawn in {arguments.picture}")
+    print(f"Kept in {file}")
+    if picture is not None:
+        draw(kept, picture)
+        print(f"Drawn in {picture}")
     return 0
+
+
+def _keep(kept: dict[str, Any], file: Path) -> None:
+    """Write beside the file and rename: a bench that is cut off leaves what it had."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_name(f"{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(kept) + "\n")
+    beside.replace(file)
 
 
 def _run(
@@ -144,16 +157,6 @@ def table(runs: list[dict[str, Any]]) -> str:
         between = statistics.stdev(dense[seed] for seed in seeds)
         lines.append(f"for comparison, between the seeds of 16-bit LoRA: {between:.4f}")
     return "\n".join(lines)
-
-
-def _commit() -> str:
-    told = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return told.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -8,19 +8,17 @@ that it is held to: no more than 1 GB in the reader, whatever the file's size.
 
 import argparse
 import json
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
+from bench.surroundings import RESULTS, ROOT, surroundings
+
 ALLOWED_BYTES = 1_000_000_000
 _BLOCK_BYTES = 32_000_000
 _LOOK_S = 0.05
@@ -39,7 +37,7 @@ def main() -> int:
     parser.add_argument("--keep", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
 
-    about = _about()
+    about = surroundings("tokenizers", "torch")
     print(f"{about['cpu']}, {about['cpus']} CPUs, load {about['load']:.1f}; {about['versions']}")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as scratch:
         path = Path(scratch) / "train.jsonl"
@@ -50,7 +48,7 @@ def main() -> int:
         "{tokens_per_s:,.0f} tokens/s, {mb_per_s:.1f} MB/s, {cpu_seconds:.0f} s of CPU; then {drawn:,} tokens of a "
         "shuffled epoch at {drawn_per_s:,.0f} tokens/s.\n"
         "Peak memory: {reader_mb:.0f} MB in the reader, {together_mb:.0f} MB with the processes that tokenize for it; "
-        "{disk_mb:.0f} MB of tokens on disk.".format(**row)
+        "{disk_mb:.0f} MB of tokens on disk, by calculation.".format(**row)
     )
     if arguments.keep:
         RESULTS.mkdir(parents=True, exist_ok=True)
@@ -129,28 +127,6 @@ def _resident(pid: int, field: str = "VmRSS") -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
-
-
-def _about() -> dict[str, Any]:
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"],  # noqa: S607
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    load = float(Path("/proc/loadavg").read_text().split()[0])
-    return {
-        "cpu": names[0] if names else platform.machine(),
-        "cpus": len(names),
-        "load": load,
-        "commit": commit.stdout.strip(),
-        "versions": {name: version(name) for name in ("tokenizers", "torch")},
-    }
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def main() -> None:
         "cpu_seconds": sum(one.ru_utime + one.ru_stime for one in used),
         "drawn": drawn,
         "drawn_seconds": time.perf_counter() - began,
+        # Calculated: four bytes a token.
         "disk_mb": dataset.report.n_tokens * 4 / 1e6,
     }
     print(json.dumps(told))

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from bench import qlora_vs_lora
 from bench.qlora_vs_lora import table
 from bench.qlora_vs_lora_picture import draw
+from bench.surroundings import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +52,26 @@ def test_the_same_figures_give_the_same_picture(tmp_path: Path) -> None:
     content = (tmp_path / "one.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert content == (tmp_path / "two.png").read_bytes()
+
+
+def test_only_a_run_of_the_whole_is_drawn_for_the_docs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, picture = tmp_path / "kept.json", tmp_path / "docs.png"
+    settings = {
+        "model": "tiny-llama", "examples": 16, "validation": 200, "epochs": 2, "rate": 1e-3, "device": "cpu",
+        "versions": versions("torch", "transformers"),
+    }  # fmt: skip
+    file.write_text(json.dumps(_kept() | settings))
+    monkeypatch.setattr(qlora_vs_lora, "PICTURE", picture)
+    monkeypatch.setattr(
+        sys, "argv", ["bench", "--examples", "16", "--device", "cpu", "--file", str(file)]
+    )
+
+    assert qlora_vs_lora.main() == 0
+
+    assert not picture.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["kept.json"]
 
 
 @pytest.mark.slow
