@@ -19,13 +19,14 @@ from qlora_core.train.generate import answer_samples
 from qlora_core.train.memory import base_bytes, out_of_memory_named
 from qlora_core.train.progress import Progress
 from qlora_core.train.rehearsal import rehearse
-from qlora_core.train.resume import load_resume_point
+from qlora_core.train.resume import load_resume_point, set_aside
 from qlora_core.train.run import Run, device_name, prepare
 from qlora_core.train.saving import (
     keep_adapter,
     keep_checkpoint,
     keep_resume_point,
     resume_point_is_due,
+    resume_points,
 )
 from qlora_core.train.step import take_step
 from qlora_core.train.validation import is_due, validate
@@ -147,13 +148,22 @@ def _resume(run: Run, resume_from: Path | str | None) -> Progress:
     """Go to the newest whole resume point, or to the beginning."""
     if resume_from is None:
         return Progress()
+    refused: list[Path] = []
+
+    def on_refused(point: Path, reason: str) -> None:
+        run.sink(Notice("warn", reason))
+        refused.append(point)
+
     found = load_resume_point(
         Path(resume_from),
         model=run.model,
         optimizer=run.optimizer,
         identity=run.identity,
-        on_refused=lambda reason: run.sink(Notice("warn", reason)),
+        on_refused=on_refused,
     )
+    for point in refused:
+        if point.parent.resolve() == resume_points(run).resolve():
+            set_aside(point)  # those in another folder are not this run's to move
     if found is None:
         run.sink(Notice("warn", f"There is no whole resume point in {resume_from}: starting anew."))
         return Progress()

@@ -47,7 +47,7 @@ def save_resume_point(
     best: Weights,
     identity: dict[str, Any],
 ) -> Path:
-    """Write a point under ``folder`` and delete all but the last two.
+    """Write a point under ``folder`` and delete all but the last two up to it; those of later steps stay.
 
     Args:
         folder: that of all resume points of a run.
@@ -72,7 +72,8 @@ def save_resume_point(
         (unfinished / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         sums = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
         (unfinished / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    for _, old in step_folders(folder)[_KEPT:]:
+    until_now = [point for step, point in step_folders(folder) if step <= progress.step]
+    for old in until_now[_KEPT:]:
         shutil.rmtree(old)
     remove_leftovers(folder)
     return target
@@ -84,7 +85,7 @@ def load_resume_point(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
-    on_refused: Callable[[str], None],
+    on_refused: Callable[[Path, str], None],
 ) -> tuple[Progress, Weights] | None:
     """Bring model, optimizer and random states to the newest whole point.
 
@@ -107,7 +108,7 @@ def load_resume_point(
         try:
             progress, found, (adapter, best, moments, random) = _read(point)
         except ResumePointError as error:
-            on_refused(error.message)
+            on_refused(point, error.message)
             continue
         _check_identity(point, found, identity)
         if not fits(model, adapter) or (best and not fits(model, best)):
@@ -117,6 +118,14 @@ def load_resume_point(
         _restore_random(random)
         return progress, best
     return None
+
+
+def set_aside(point: Path) -> None:
+    """Rename a point that is not whole, so that it counts as none of the last two and is not tried again."""
+    aside = point.with_name(f"{point.name}.torn")
+    if aside.exists():
+        shutil.rmtree(aside)
+    point.rename(aside)
 
 
 def _read(point: Path) -> tuple[Progress, dict[str, Any], list[Weights]]:

@@ -44,10 +44,15 @@ def resume_point_is_due(run: Run) -> bool:
     return time.monotonic() - run.resume_point_at >= run.config.resume_point_every_s
 
 
+def resume_points(run: Run) -> Path:
+    """Name the folder of a run's resume points."""
+    return run.output_dir / "resume"
+
+
 def keep_resume_point(run: Run, progress: Progress) -> None:
     """Write everything needed to go on exactly from here."""
     folder = save_resume_point(
-        run.output_dir / "resume",
+        resume_points(run),
         model=run.model,
         optimizer=run.optimizer,
         progress=progress,

@@ -367,6 +367,32 @@ def test_where_there_is_no_room_the_point_is_named_and_nothing_is_left(
     assert list((tmp_path / "resume").iterdir()) == []
 
 
+def test_a_new_point_stays_beside_those_of_later_steps(
+    load: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    model = load()
+    add_lora(model, LoraConfig(r=4))
+
+    points = [save_point(model, tmp_path, step) for step in (400, 500, 3)]
+
+    assert [point.is_dir() for point in points] == [True, True, True]
+
+
+def test_a_run_that_begins_anew_beside_torn_points_can_be_taken_up_again(
+    run: Run, tmp_path: Path
+) -> None:
+    run(tmp_path, stop_after=4)
+    for name in ("step-3", "step-4"):
+        (tmp_path / "resume" / name / "manifest.json").unlink()
+
+    run(tmp_path, stop_after=1, resume_from=tmp_path / "resume")
+    _, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert isinstance(events[0], RunStarted)
+    assert events[0].start_step == 1
+    assert (tmp_path / "resume/step-4.torn/state.json").is_file()
+
+
 def test_the_state_is_readable_by_people(run: Run, tmp_path: Path) -> None:
     run(tmp_path, stop_after=4)
 
