@@ -16,6 +16,9 @@ def draw_loss_curve(history: History, path: Path) -> bool:
 
     Returns:
         Whether there is one now; False where matplotlib is not installed, or no step has a loss.
+
+    Raises:
+        OSError: it cannot be written; nothing of it is left.
     """
     if not history.train:
         return False
@@ -37,8 +40,11 @@ def draw_loss_curve(history: History, path: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend()
     unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png")
-    unfinished.replace(path)
+    try:
+        figure.savefig(unfinished, format="png")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
     return True
 
 

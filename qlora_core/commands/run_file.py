@@ -68,12 +68,14 @@ class RunFile:
 
     Attributes:
         path: of the file.
+        content: its bytes.
         output: the folder that the run writes, None where the file names none.
         config: ``[train]`` and ``[lora]``.
         has_context_length: whether the file says one.
     """
 
     path: Path
+    content: bytes
     output: Path | None
     model: ModelSettings
     data: DataSettings
@@ -132,14 +134,15 @@ def read_run_file(path: Path) -> RunFile:
         OSError: it cannot be read.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_bytes()
+        content = tomllib.loads(text.decode("utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except RecursionError:
         raise ConfigError(f"{path}: it is nested too deeply") from None
     try:
         _refuse_boundless(content)
-        return _checked(path, content)
+        return _checked(path, text, content)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error.message}") from error
 
@@ -159,7 +162,7 @@ def _refuse_boundless(content: dict[str, Any]) -> None:
         raise ConfigError("it is nested too deeply")
 
 
-def _checked(path: Path, content: dict[str, Any]) -> RunFile:
+def _checked(path: Path, text: bytes, content: dict[str, Any]) -> RunFile:
     _refuse_unknown("", content, ["output", *KNOWN])
     sections: dict[str, dict[str, Any]] = {}
     for name, known in KNOWN.items():
@@ -174,6 +177,7 @@ def _checked(path: Path, content: dict[str, Any]) -> RunFile:
     output = content.get("output")
     return RunFile(
         path=path,
+        content=text,
         output=None if output is None else _value("output", output, Path, folder),
         model=ModelSettings(**_values("model", sections["model"], _MODEL_KINDS, folder)),
         data=DataSettings(**_values("data", sections["data"], _DATA_KINDS, folder)),

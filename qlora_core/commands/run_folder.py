@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import shutil
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -101,8 +101,12 @@ class RunFolder:
         return found
 
     @contextmanager
-    def begun(self, config: Path, inputs: Mapping[str, Any]) -> Iterator[None]:
+    def begun(self, config: bytes, inputs: Mapping[str, Any]) -> Iterator[None]:
         """Hold the folder for this process; inside, `tell` writes.
+
+        Args:
+            config: what the run's file held when it was read; the file may be the folder's own.
+            inputs: as `settled` gave them.
 
         Raises:
             ConfigError: another process is training in it, or has done so since this one looked.
@@ -119,7 +123,7 @@ class RunFolder:
                 self._end_torn_line()
             else:
                 self._file.truncate(0)
-                shutil.copyfile(config, self.path / CONFIG)
+                (self.path / CONFIG).write_bytes(config)
                 (self.path / INPUTS).write_text(json.dumps(inputs, indent=1), encoding="utf-8")
             yield
 
@@ -136,8 +140,12 @@ class RunFolder:
                 yield json.loads(line)
 
     def _end_torn_line(self) -> None:
-        *_, last = ["\n", *_lines(self.path / EVENTS)]
-        if not last.endswith("\n"):
+        with (self.path / EVENTS).open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                return
+            file.seek(-1, os.SEEK_END)
+            is_torn = file.read() != b"\n"
+        if is_torn:
             self._file.write("\n")
 
 

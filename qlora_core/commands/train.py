@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Callable
 from importlib.metadata import version
@@ -51,8 +52,12 @@ def train(
     result, stopped_by = _train(run, folder, display)
     picture = _draw(folder, display)
     if result.adapter is None:
-        again = f"python -m qlora_core train {config} --resume" + (f" --out {out}" if out else "")
-        display.say(f"Stopped after step {result.steps:,}. Go on with: {again}")
+        again = shlex.join(
+            ["train", str(config), "--resume", *(["--out", str(out)] if out else [])]
+        )
+        display.say(
+            f"Stopped after step {result.steps:,}. Go on with: python -m qlora_core {again}"
+        )
         raise typer.Exit(128 + (stopped_by or signal.SIGINT))
     print_summary(folder, result, picture)
 
@@ -93,7 +98,7 @@ def _train(run: RunFile, folder: RunFolder, display: RunDisplay) -> tuple[TrainR
         folder.tell(event)
         display.tell(event)
 
-    with folder.begun(run.path, inputs), display.shown(), StopWish() as wish:
+    with folder.begun(run.content, inputs), display.shown(), StopWish() as wish:
         if folder.changed_versions:
             changed = "; ".join(folder.changed_versions)
             sink(Notice("warn", f"Other libraries than when the run began: {changed}."))
@@ -212,7 +217,11 @@ def _draw(folder: RunFolder, display: RunDisplay) -> Path | None:
     from qlora_core.commands.loss_curve import draw_loss_curve
 
     path = folder.path / "loss.png"
-    if draw_loss_curve(read_history(folder.events()), path):
-        return path
+    try:
+        if draw_loss_curve(read_history(folder.events()), path):
+            return path
+    except OSError as error:
+        display.say(f"No loss curve was drawn: {path}: {error.strerror or error}")
+        return None
     display.say("No loss curve was drawn: that takes matplotlib, and one step at least.")
     return None

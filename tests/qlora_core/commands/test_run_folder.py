@@ -18,13 +18,11 @@ STARTED = RunStarted(3, 0, 4, 1, 10, 20, "cpu", 0, 0)
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> Path:
-    file = tmp_path / "run.toml"
-    file.write_text("# mine\n")
-    return file
+def config() -> bytes:
+    return b"# mine\n"
 
 
-def start(path: Path, config: Path) -> RunFolder:
+def start(path: Path, config: bytes) -> RunFolder:
     folder = RunFolder(path, resume=False)
     with folder.begun(config, folder.settled(INPUTS)):
         folder.tell(STARTED)
@@ -32,7 +30,7 @@ def start(path: Path, config: Path) -> RunFolder:
 
 
 def test_a_new_folder_keeps_what_began_the_run_and_what_it_told(
-    tmp_path: Path, config: Path
+    tmp_path: Path, config: bytes
 ) -> None:
     folder = start(tmp_path / "a" / "out", config)
 
@@ -43,7 +41,7 @@ def test_a_new_folder_keeps_what_began_the_run_and_what_it_told(
     assert event == STARTED.as_dict()
 
 
-def test_a_run_is_gone_on_with_only_when_asked(tmp_path: Path, config: Path) -> None:
+def test_a_run_is_gone_on_with_only_when_asked(tmp_path: Path, config: bytes) -> None:
     start(tmp_path / "out", config)
 
     with pytest.raises(ConfigError, match="has a run in it; go on with it by --resume"):
@@ -52,13 +50,12 @@ def test_a_run_is_gone_on_with_only_when_asked(tmp_path: Path, config: Path) -> 
     assert RunFolder(tmp_path / "out", resume=True).is_begun
 
 
-def test_what_never_came_to_its_first_step_is_begun_anew(tmp_path: Path, config: Path) -> None:
+def test_what_never_came_to_its_first_step_is_begun_anew(tmp_path: Path, config: bytes) -> None:
     failed = RunFolder(tmp_path / "out", resume=False)
     with failed.begun(config, failed.settled(INPUTS)):
         failed.tell(Notice("warn", "before the start"))
-    config.write_text("# mended\n")
 
-    folder = start(tmp_path / "out", config)
+    folder = start(tmp_path / "out", b"# mended\n")
 
     assert [event["kind"] for event in folder.events()] == ["run_started"]
     assert (folder.path / "config.toml").read_text() == "# mended\n"
@@ -76,7 +73,7 @@ def test_files_of_somebody_else_are_not_touched(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_only_as_it_began_and_with_the_time_it_began(
-    tmp_path: Path, config: Path
+    tmp_path: Path, config: bytes
 ) -> None:
     folder = RunFolder(tmp_path / "out", resume=False)
     first = folder.settled(INPUTS)
@@ -89,7 +86,7 @@ def test_a_run_goes_on_only_as_it_began_and_with_the_time_it_began(
         again.settled({**INPUTS, "data.train": "changed"})
 
 
-def test_a_folder_whose_record_is_broken_is_refused(tmp_path: Path, config: Path) -> None:
+def test_a_folder_whose_record_is_broken_is_refused(tmp_path: Path, config: bytes) -> None:
     for broken in ("{", "[]", "{}", '{"began": "then"}'):
         start(tmp_path / broken, config)
         (tmp_path / broken / "inputs.json").write_text(broken)
@@ -98,7 +95,7 @@ def test_a_folder_whose_record_is_broken_is_refused(tmp_path: Path, config: Path
             RunFolder(tmp_path / broken, resume=True).settled(INPUTS)
 
 
-def test_a_run_without_a_record_of_its_inputs_is_refused(tmp_path: Path, config: Path) -> None:
+def test_a_run_without_a_record_of_its_inputs_is_refused(tmp_path: Path, config: bytes) -> None:
     start(tmp_path / "out", config)
     (tmp_path / "out" / "inputs.json").unlink()
 
@@ -106,7 +103,7 @@ def test_a_run_without_a_record_of_its_inputs_is_refused(tmp_path: Path, config:
         RunFolder(tmp_path / "out", resume=True).settled(INPUTS)
 
 
-def test_other_versions_are_told_and_not_refused(tmp_path: Path, config: Path) -> None:
+def test_other_versions_are_told_and_not_refused(tmp_path: Path, config: bytes) -> None:
     folder = RunFolder(tmp_path / "out", resume=False)
     with folder.begun(config, folder.settled(INPUTS, {"torch": "1", "tokenizers": "2"})):
         folder.tell(STARTED)
@@ -165,7 +162,7 @@ def test_whatever_says_how_text_becomes_tokens_has_a_fingerprint(tmp_path: Path,
     assert changed == f"model.path/{name.partition('/')[0]}"
 
 
-def test_two_at_once_are_refused(tmp_path: Path, config: Path) -> None:
+def test_two_at_once_are_refused(tmp_path: Path, config: bytes) -> None:
     start(tmp_path / "out", config)
     first, second = (RunFolder(tmp_path / "out", resume=True) for _ in range(2))
 
@@ -178,7 +175,7 @@ def test_two_at_once_are_refused(tmp_path: Path, config: Path) -> None:
 
 
 def test_a_run_that_another_process_began_and_ended_meanwhile_is_not_written_over(
-    tmp_path: Path, config: Path
+    tmp_path: Path, config: bytes
 ) -> None:
     late = RunFolder(tmp_path / "out", resume=False)
     start(tmp_path / "out", config)
@@ -189,7 +186,7 @@ def test_a_run_that_another_process_began_and_ended_meanwhile_is_not_written_ove
     assert [event["kind"] for event in late.events()] == ["run_started"]
 
 
-def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path: Path, config: Path) -> None:
+def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path: Path, config: bytes) -> None:
     start(tmp_path / "out", config)
     with (tmp_path / "out" / "events.jsonl").open("a") as file:
         file.write('{"at": 1, "kind": "step_met')

@@ -138,6 +138,37 @@ def test_what_the_user_did_wrong_is_one_sentence_and_is_mended_without_more(
     assert run(write_run(train="max_steps = 1")).exit_code == 0
 
 
+def test_a_run_may_be_written_beside_its_settings(tmp_path: Path, write_run: WriteRun) -> None:
+    file = write_run(train="max_steps = 1")
+    own = tmp_path / "own"
+    own.mkdir()
+    text = file.read_text().replace('output = "out"', 'output = "."')
+    text = text.replace('"train.jsonl"', f'"{tmp_path / "train.jsonl"}"')
+    (own / "config.toml").write_text(text)
+
+    result = run(own / "config.toml")
+
+    assert result.exit_code == 0, result.output
+    assert (own / ADAPTER).is_file()
+    assert (own / "config.toml").read_text() == text
+
+
+def test_a_picture_that_cannot_be_written_does_not_fail_a_run(
+    tmp_path: Path, write_run: WriteRun
+) -> None:
+    file = write_run(train="max_steps = 1")
+    assert run(file).exit_code == 0
+    (tmp_path / "out" / "loss.png").unlink()
+    (tmp_path / "out" / "loss.png").mkdir()
+
+    result = run(file, "--resume")
+
+    assert result.exit_code == 0, result.output
+    assert "No loss curve was drawn: " in result.stderr
+    assert "trained tokens" in result.stdout
+    assert not (tmp_path / "out" / ".loss.png.unfinished").exists()
+
+
 def test_a_folder_with_a_run_in_it_is_refused_and_left_as_it_is(
     tmp_path: Path, write_run: WriteRun
 ) -> None:
@@ -253,7 +284,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_adapter_to_the_bit(
 def test_a_signal_leaves_a_resume_point_and_says_how_to_go_on(
     tmp_path: Path, write_run: WriteRun, number: signal.Signals, code: int
 ) -> None:
-    file = write_run(train="n_epochs = 1000")
+    file = write_run(train="n_epochs = 1000").rename(tmp_path / "my run.toml")
     with started(file) as program:
         wait_for_step(program, tmp_path / "out", 2)
         program.send_signal(number)
@@ -266,7 +297,7 @@ def test_a_signal_leaves_a_resume_point_and_says_how_to_go_on(
     (last,) = (event for event in events(tmp_path / "out")[-1:])
     assert last["kind"] == "resume_point_saved"
     assert f"Stopped after step {last['step']}" in errors.replace(",", "")
-    assert f"python -m qlora_core train {file} --resume" in errors
+    assert f"python -m qlora_core train '{file}' --resume" in errors
     assert (tmp_path / "out" / "loss.png").is_file()
 
 
