@@ -165,6 +165,6 @@ def _check_integer(name: str, value: object, low: int, high: int) -> None:
 def _check_number(name: str, value: object, low: float, high: float, *, closed: bool) -> None:
     good = isinstance(value, int | float) and not isinstance(value, bool)
     # NaN is within no bounds.
-    if not good or not low <= value <= high or (value == low and not closed):
+    if not good or not low <= value <= high or (value == low and not closed):  # type: ignore[operator]
         bounds = f"from {low:g}" if closed else f"above {low:g} and up"
         raise ConfigError(f"{name} must be a number {bounds} to {high:g}, not {shown(value)}")
