@@ -23,7 +23,12 @@ from qlora_core.text.formats import (
     messages_for_template,
     parse_example,
 )
-from qlora_core.text.refusals import checked_unicode, refuse_tokens, refuse_unwritten_tools
+from qlora_core.text.refusals import (
+    checked_unicode,
+    refuse_tokens,
+    refuse_unknown_ids,
+    refuse_unwritten_tools,
+)
 from qlora_core.text.spans import Span, assistant_spans
 from qlora_core.text.special_tokens import (
     find_forbidden_tokens,
@@ -92,6 +97,7 @@ class TextEncoder:
         pad_id = self._named_id("pad_token")
         self.pad_id = pad_id if pad_id is not None else (self.eos_id or 0)
         self.context_length = files.context_length
+        self._embedding_rows = files.vocab_size
         self.vocab_size = max(files.vocab_size or 0, self._tokenizer.get_vocab_size())
         self._templates = {
             name: ChatTemplate(source, files.named_tokens, now=self.now)
@@ -155,7 +161,8 @@ class TextEncoder:
             train_on_inputs: train the prompt, too: every token but those of assistant messages of weight 0.
 
         Raises:
-            ExampleError: the example is malformed, holds a special token, or cannot be masked exactly.
+            ExampleError: the example is malformed, holds a special token, cannot be masked exactly, or has a token
+                that the model has no embedding for.
             TemplateError: the chat template refuses it.
         """
         if isinstance(example, Mapping):
@@ -168,9 +175,10 @@ class TextEncoder:
         else:
             ids, trained = self._encode_text(example)
         trained[0] = False
-        kept = trained[:context_length]
+        ids_kept, kept = ids[:context_length], trained[:context_length]
+        refuse_unknown_ids(ids_kept, self._embedding_rows)
         return EncodedExample(
-            input_ids=ids[:context_length],
+            input_ids=ids_kept,
             trained=kept,
             truncated=len(ids) > context_length,
             n_trained_tokens=sum(kept),

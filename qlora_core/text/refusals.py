@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from qlora_core.text.example_error import ExampleError, shown
 from qlora_core.text.formats import ChatExample
@@ -67,3 +67,18 @@ def _strings_in(value: object) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings_in(item)
+
+
+def refuse_unknown_ids(ids: Sequence[int], embedding_rows: int | None) -> None:
+    """Hold an example's ids to what the model's config says it has embeddings for, None where it does not say.
+
+    Raises:
+        ExampleError: the model has none for one of them: its tokenizer is not its own, or has grown.
+    """
+    largest = max(ids, default=0)
+    if embedding_rows is not None and largest >= embedding_rows:
+        raise ExampleError(
+            "unknown_token",
+            f"{{example}} has a token with the token id {largest}, but the base model's vocab_size (config.json) is "
+            f"{embedding_rows}: its tokenizer is not its own, or was given tokens that the model was not.",
+        )

@@ -493,3 +493,16 @@ def test_a_broken_folder_is_refused(
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound, match="nowhere"):
         TextEncoder.from_folder(tmp_path / "nowhere")
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused(make_folder: Any) -> None:
+    encoder = TextEncoder.from_folder(make_folder("chatml", vocab_size=600))
+    said = {"prompt": "a", "completion": "b"}
+    # Added tokens come after the 600 of the tokenizer's training.
+    thought = {"prompt": "a", "completion": "<think>b"}
+
+    assert encoder.encode(said, context_length=512).n_trained_tokens > 0
+    with pytest.raises(ExampleError, match=r"token id 60\d, .* vocab_size .* is 600") as refused:
+        encoder.encode(thought, context_length=512)
+
+    assert refused.value.code == "unknown_token"
