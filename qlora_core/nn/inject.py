@@ -16,6 +16,7 @@ from torch import nn
 from qlora_core.errors import AdapterError, ConfigError
 from qlora_core.nn.config import ALL_LINEAR, LoraConfig
 from qlora_core.nn.lora import LoraLinear, linear_shape
+from qlora_core.nn.mixers import call_layers_in_training
 from qlora_core.nn.nf4_linear import NF4Linear
 from qlora_core.nn.saved_modules import SavedModule, find_saved, save_modules, saved_modules
 from qlora_core.nn.targets import find_targets, left_out
@@ -59,6 +60,7 @@ def add_lora(model: nn.Module, config: LoraConfig, *, seed: int = 0) -> list[str
         adapter.train(base.training)
         model.set_submodule(path, adapter)
     save_modules(model, saved)
+    call_layers_in_training(model)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = MethodType(_refuse_save_pretrained, model)
     return targets
