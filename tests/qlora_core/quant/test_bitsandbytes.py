@@ -1,6 +1,5 @@
 """Our weights in bitsandbytes' layout and theirs in our hands, held to bitsandbytes itself."""
 
-import json
 from typing import Any
 
 import pytest
@@ -9,23 +8,17 @@ from bitsandbytes import functional as bnb
 from torch import Tensor
 
 from qlora_core import NF4Weight, quantize_nf4
-from qlora_core.errors import ModelWeightsInvalid
 from qlora_core.quant.codebook import BLOCK_SIZES
-
-NAME = "model.layers.0.mlp.up_proj.weight"
-STATE = f"{NAME}.quant_state.bitsandbytes__nf4"
-
+from tests.qlora_core.quant.bitsandbytes_tensors import (
+    NAME,
+    matrix,
+    refusal,
+    tensors_of,
+    with_state,
+)
 
 # 20800 elements in blocks of 64 make two nested blocks, the second one short.
 SHAPES = [(1,), (7, 13), (3, 5, 7), (32, 64), (160, 130)]
-
-
-def matrix(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-def tensors_of(**settings: Any) -> dict[str, Tensor]:
-    return quantize_nf4(matrix(160, 130), **settings).to_bitsandbytes(NAME)
 
 
 def tensors_bitsandbytes_writes(weight: Tensor, **settings: Any) -> dict[str, Tensor]:
@@ -51,23 +44,6 @@ def values_of(packed: Tensor, state: Any) -> Tensor:
         scales = bnb.dequantize_blockwise(scales, state.state2) + state.offset
     per_element = scales.repeat_interleave(state.blocksize)[: shape.numel()]
     return (state.code[codes.long()] * per_element).to(state.dtype).view(shape)
-
-
-def with_state(tensors: dict[str, Tensor], **changes: Any) -> dict[str, Tensor]:
-    state = json.loads(bytes(tensors[STATE].tolist()))
-    text = bytearray(json.dumps({**state, **changes}), "utf-8")
-    return {**tensors, STATE: torch.frombuffer(text, dtype=torch.uint8)}
-
-
-def refusal(
-    tensors: dict[str, Tensor], error: type[Exception] = ModelWeightsInvalid, *, names: str
-) -> str:
-    with pytest.raises(error) as told:
-        NF4Weight.from_bitsandbytes(tensors, NAME)
-    message = str(told.value)
-    assert names in message
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
