@@ -123,7 +123,7 @@ def await_job(sessions: sessionmaker[Session]) -> Await:
         job_id: str,
         *statuses: str,
         until: Callable[[Job], bool] | None = None,
-        timeout_s: float = 10,
+        timeout_s: float = 90,
     ) -> Job:
         wanted = statuses or ("succeeded", "failed", "cancelled")
         deadline = time.monotonic() + timeout_s

