@@ -21,3 +21,9 @@ def checkpoint_activations(model: PreTrainedModel) -> bool:
     except ValueError:
         return False
     return True
+
+
+def keep_activations(model: PreTrainedModel) -> None:
+    """Turn it off."""
+    disable: Any = getattr(model, "activation_checkpointing_disable", None)
+    (disable or model.gradient_checkpointing_disable)()

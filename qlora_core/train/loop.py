@@ -17,10 +17,11 @@ from qlora_core.train.config import TrainConfig
 from qlora_core.train.events import Notice, RunFinished, RunStarted, SamplesGenerated, Sink
 from qlora_core.train.generate import answer_samples
 from qlora_core.train.memory import base_bytes, out_of_memory_named
+from qlora_core.train.plan import device_name
 from qlora_core.train.progress import Progress
 from qlora_core.train.rehearsal import rehearse
 from qlora_core.train.resume import load_resume_point, set_aside
-from qlora_core.train.run import Run, device_name, prepare
+from qlora_core.train.run import Run, prepare
 from qlora_core.train.saving import (
     keep_adapter,
     keep_checkpoint,
@@ -29,6 +30,7 @@ from qlora_core.train.saving import (
     resume_points,
 )
 from qlora_core.train.step import take_step
+from qlora_core.train.surroundings import callers_kept, surround
 from qlora_core.train.validation import is_due, validate
 from qlora_core.train.weights import put_back
 
@@ -110,7 +112,7 @@ def train(
     """
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"config must be a TrainConfig, not {type(config).__name__}")
-    with out_of_memory_named(model.device):
+    with out_of_memory_named(model.device), callers_kept():
         run = prepare(
             model,
             encoder,
@@ -123,6 +125,7 @@ def train(
             base_model=base_model_name_or_path,
             adapter=None if adapter is None else Path(adapter),
         )
+        surround(run.plan)
         progress = _resume(run, resume_from)
         rehearse(run)
         _say_started(run, progress)

@@ -47,6 +47,7 @@ class SupervisedLoss:
     Attributes:
         chunked: False for a model whose head cannot be told from its decoder (`find_head`): then its plain
             forward pass is used, full logits and all.
+        chunk_tokens: over which the head runs at a time.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -54,7 +55,7 @@ class SupervisedLoss:
         self._head = find_head(model)
         self.chunked = self._head is not None
         vocabulary = model.config.get_text_config().vocab_size
-        self._chunk_tokens = max(1, min(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
+        self.chunk_tokens = max(1, min(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
 
     def __call__(self, batch: Batch) -> BatchLoss:
         """Return the loss of a batch on the model's device; a packed one needs a model set up by `choose_packing`."""
@@ -73,7 +74,7 @@ class SupervisedLoss:
             hidden.flatten(0, 1)[batch.positions],
             batch.targets,
             self._head,
-            self._chunk_tokens,
+            self.chunk_tokens,
             *self._head.parameters,
         )  # pyright: ignore[reportGeneralTypeIssues]
         return BatchLoss(loss, n_correct, _by_example(losses, batch))

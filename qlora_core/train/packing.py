@@ -70,6 +70,12 @@ def alone_above(model: PreTrainedModel) -> int | None:
     return min(limits, default=None)
 
 
+def attention_names(model: PreTrainedModel) -> str:
+    """Name the implementations of attention that the model's parts are set to."""
+    names = [str(config._attn_implementation) for config in _attention_configs(model)]  # noqa: SLF001
+    return ", ".join(dict.fromkeys(names))
+
+
 def _attention_configs(model: PreTrainedModel) -> list[Any]:
     """Return the configs that say how modules attend, each once: that of the model and those of its parts."""
     configs = {id(model.config): model.config}

@@ -6,7 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from qlora_core.nn.config import ALL_LINEAR
 from qlora_core.nn.targets import left_out
 from qlora_core.optim import build_optimizer
 from qlora_core.text import TextEncoder
-from qlora_core.train.checkpointing import checkpoint_activations
+from qlora_core.train.checkpointing import checkpoint_activations, keep_activations
 from qlora_core.train.config import TrainConfig
 from qlora_core.train.device_peaks import peak_flops_per_s
 from qlora_core.train.events import Notice, Sink
@@ -31,17 +31,15 @@ from qlora_core.train.flops import ModelShapes, count_shapes
 from qlora_core.train.loss import SupervisedLoss
 from qlora_core.train.memory import MemoryMeter
 from qlora_core.train.packing import Packing, alone_above, choose_packing
+from qlora_core.train.plan import OF_SETTINGS, ExecutionPlan, device_name, followed, plan_of
 from qlora_core.train.progress import Progress
+from qlora_core.train.surroundings import surround
 from qlora_core.train.vocabulary import known_pad_id, refuse_unknown_examples
 from qlora_core.train.weights import Weights
 
 # Settings that change memory and speed, never the result: a run may resume with others.
-_NOT_IDENTITY = (
-    "micro_batch_tokens",
-    "packing",
-    "gradient_checkpointing",
-    "resume_point_every_s",
-)
+_NOT_IDENTITY = (*OF_SETTINGS, "resume_point_every_s")
+_NO_CHECKPOINTING = "{} does not support gradient checkpointing."
 
 
 @dataclass
@@ -49,6 +47,7 @@ class Run:
     """A model with its adapter and everything that trains it.
 
     Attributes:
+        plan: how it is executed; changed by `adopt` alone.
         memory: tells where a step's memory went.
         shapes: what the model multiplies by.
         peak_flops_per_s: of the device, None where it is not known.
@@ -68,6 +67,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     loss_of: SupervisedLoss
     batching: Batching
+    plan: ExecutionPlan
     memory: MemoryMeter
     shapes: ModelShapes
     peak_flops_per_s: float | None
@@ -110,6 +110,37 @@ class Run:
             order = epoch_order(len(self.dataset), seed=self.config.seed, epoch=progress.epoch)
             self._epoch, self._windows = progress.epoch, windows(order, self.config.batch_size)
         return self._windows[progress.window]
+
+    def follow(self, plan: ExecutionPlan) -> list[str]:
+        """Go on by the plan of a resume point; returns a sentence for each thing that cannot be as it was.
+
+        Sets torch's threads and determinism, too.
+        """
+        plan, reasons = followed(plan, self.plan)
+        reasons += self.adopt(plan)
+        surround(self.plan)
+        if torch.get_num_threads() != plan.threads:
+            reasons.append(f"torch does not take {plan.threads} threads here.")
+        return reasons
+
+    def adopt(self, plan: ExecutionPlan) -> list[str]:
+        """Set model, loss and batching to what the plan says; returns a sentence for what cannot be."""
+        reasons: list[str] = []
+        if plan.recompute and not checkpoint_activations(self.model):
+            reasons.append(_NO_CHECKPOINTING.format(type(self.model).__name__))
+            plan = replace(plan, recompute=False)
+        elif not plan.recompute and self.plan.recompute:
+            keep_activations(self.model)
+        self.loss_of.chunk_tokens = plan.loss_chunk_tokens or self.loss_of.chunk_tokens
+        self.batching = replace(
+            self.batching,
+            max_tokens=plan.micro_batch_tokens,
+            packed=plan.packing != Packing.NONE.value,
+            pass_tokens=plan.pass_tokens,
+            alone_above=plan.alone_above,
+        )
+        self.plan = plan
+        return reasons
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -157,9 +188,17 @@ def prepare(
                 "the loss is computed from full logits, which takes more memory.",
             )
         )
-    batching = _batching(model, encoder, config, sink)
-    if config.gradient_checkpointing and not checkpoint_activations(model):
-        sink(Notice("warn", f"{type(model).__name__} does not support gradient checkpointing."))
+    packing = _packing(model, config, sink)
+    batching = Batching(
+        max_tokens=config.micro_batch_tokens,
+        packed=packing is not Packing.NONE,
+        pad_id=known_pad_id(model, encoder),
+        pass_tokens=pass_tokens(model.device),
+        alone_above=alone_above(model),
+    )
+    recompute = config.gradient_checkpointing and checkpoint_activations(model)
+    if config.gradient_checkpointing and not recompute:
+        sink(Notice("warn", _NO_CHECKPOINTING.format(type(model).__name__)))
     torch.manual_seed(config.seed)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -181,6 +220,14 @@ def prepare(
         optimizer=optimizer,
         loss_of=loss_of,
         batching=batching,
+        plan=plan_of(
+            model,
+            config,
+            batching=batching,
+            packing=packing,
+            recompute=recompute,
+            loss_chunk_tokens=loss_of.chunk_tokens if loss_of.chunked else None,
+        ),
         memory=MemoryMeter(model, parameters, optimizer, model.device),
         shapes=count_shapes(model),
         peak_flops_per_s=peak_flops_per_s(device_name(model.device)),
@@ -201,11 +248,6 @@ def fingerprint(adapter: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def device_name(device: torch.device) -> str:
-    """Return the card's name, or "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
 def _say_what_the_adapter_lacks(model: PreTrainedModel, config: TrainConfig, sink: Sink) -> None:
     others = left_out(model) if config.lora.target_modules == ALL_LINEAR else []
     if others:
@@ -214,9 +256,7 @@ def _say_what_the_adapter_lacks(model: PreTrainedModel, config: TrainConfig, sin
         sink(Notice("info", warning))
 
 
-def _batching(
-    model: PreTrainedModel, encoder: TextEncoder, config: TrainConfig, sink: Sink
-) -> Batching:
+def _packing(model: PreTrainedModel, config: TrainConfig, sink: Sink) -> Packing:
     """Decide how examples are put together, and say so where it is not as wished."""
     packing = choose_packing(model) if config.packing else Packing.NONE
     if config.packing and packing is Packing.NONE:
@@ -226,13 +266,7 @@ def _batching(
                 f"{type(model).__name__} does not keep the examples of a packed row apart: they are padded instead.",
             )
         )
-    return Batching(
-        max_tokens=config.micro_batch_tokens,
-        packed=packing is not Packing.NONE,
-        pad_id=known_pad_id(model, encoder),
-        pass_tokens=pass_tokens(model.device),
-        alone_above=alone_above(model),
-    )
+    return packing
 
 
 def _refuse_without_validation(config: TrainConfig) -> None:

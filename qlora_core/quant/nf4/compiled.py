@@ -175,6 +175,11 @@ def fill(
     return True
 
 
+def is_compiled(dtype: torch.dtype) -> bool:
+    """Whether results of ``dtype`` are made here, and not by tables."""
+    return _function(dtype, nested=True) is not None
+
+
 @cache
 def _function(dtype: torch.dtype, *, nested: bool) -> Callable[..., None] | None:
     """Give the loop for results of ``dtype``; None where there is no such thing."""
