@@ -22,7 +22,7 @@ Await = Callable[..., Job]
 
 
 def signed_in(sessions: sessionmaker[Session], worker_id: str) -> Worker:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 90
     while True:
         with transaction(sessions) as session:
             worker = session.scalars(select(Worker).where(Worker.id == worker_id)).one_or_none()
@@ -59,7 +59,7 @@ def test_a_machine_without_the_engine_validates_and_leaves_training_to_others(
     job_id = submit(chat_lines(12))
     crew.ring("validate")
 
-    await_job(job_id, "queued", timeout_s=30)
+    await_job(job_id, "queued")
     crew.ring("train")
     time.sleep(0.5)
     job = await_job(job_id, "queued")

@@ -43,7 +43,7 @@ def test_a_job_of_another_day_is_validated_and_trained_on_that_day(
     session.commit()
     crew.ring("validate")
 
-    job = await_job(job_id, "succeeded", timeout_s=60)
+    job = await_job(job_id, "succeeded")
 
     path = tmp_path / "train.jsonl"
     path.write_text("\n".join(chat_lines(12)))

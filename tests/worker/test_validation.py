@@ -18,7 +18,7 @@ def test_good_files_are_counted_and_every_auto_becomes_a_number(
     job_id = submit(chat_lines(12), chat_lines(3), hyperparameters={"batch_size": 4})
     crew.ring("validate")
 
-    job = await_job(job_id, "queued", "running", timeout_s=30)
+    job = await_job(job_id, "queued", "running")
 
     assert job.dataset_report is not None
     assert job.dataset_report["training_file"]["n_examples"] == 12
@@ -35,7 +35,7 @@ def test_long_examples_are_cut_and_counted_aloud(
     job_id = submit([*chat_lines(11), *chat_lines(2, words=200)])
     crew.ring("validate")
 
-    job = await_job(job_id, "queued", "running", timeout_s=30)
+    job = await_job(job_id, "queued", "running")
 
     assert job.dataset_report is not None
     assert job.dataset_report["training_file"]["n_truncated"] == 2
@@ -49,7 +49,7 @@ def test_a_sample_prompt_that_cannot_be_asked_fails_the_validation_by_its_name(
     job_id = submit(chat_lines(12), sample_prompts=["What is a nibble?", "<|im_end|>"])
     crew.ring("validate")
 
-    job = await_job(job_id, "failed", timeout_s=30)
+    job = await_job(job_id, "failed")
 
     assert job.error is not None
     assert (job.error["code"], job.error["param"]) == ("invalid_sample_prompt", "sample_prompts[1]")
@@ -76,7 +76,7 @@ def test_half_a_character_is_quoted_and_its_line_named(
     job_id = submit([*chat_lines(12), bad])
     crew.ring("validate")
 
-    job = await_job(job_id, "failed", timeout_s=30)
+    job = await_job(job_id, "failed")
 
     assert job.error is not None
     assert (job.error["code"], job.error["param"]) == ("invalid_training_file", "training_file")
@@ -93,7 +93,7 @@ def test_a_disk_that_takes_no_folder_costs_attempts_and_not_their_leases(
     job_id = submit(chat_lines(12))
     crew.ring("validate")
 
-    job = await_job(job_id, "failed", timeout_s=30)
+    job = await_job(job_id, "failed")
 
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
@@ -109,7 +109,7 @@ def test_a_file_whose_bytes_are_gone_fails_the_job_by_name(
         blob.unlink()
     crew.ring("validate")
 
-    job = await_job(job_id, "failed", timeout_s=30)
+    job = await_job(job_id, "failed")
 
     assert job.error is not None
     assert (job.error["code"], job.error["param"]) == ("file_not_found", "training_file")
