@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from bench import qlora_vs_lora
-from bench.qlora_vs_lora import table
-from bench.qlora_vs_lora_picture import draw
+from bench.loss_curves import draw
+from bench.qlora_vs_lora import FORMS, table
 from bench.surroundings import versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def test_a_single_seed_has_no_spread() -> None:
 
 def test_the_same_figures_give_the_same_picture(tmp_path: Path) -> None:
     for name in ("one.png", "two.png"):
-        draw(_kept(), tmp_path / name)
+        draw(_kept(), tmp_path / name, key="base", forms=FORMS, title="difference")
 
     content = (tmp_path / "one.png").read_bytes()
     assert content.startswith(b"\x89PNG")
