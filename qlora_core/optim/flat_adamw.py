@@ -28,8 +28,8 @@ class FlatAdamW(torch.optim.Optimizer):
     whose gradient is zero: it decays, where torch would leave it out.
 
     Attributes:
-        grad_norm: float32 [] on the device, of the last step's gradient before it was clipped; to
-            read it waits for the device. Zero before the first step.
+        grad_norm: float32 [] on the device, of the last step's gradient, divided and not yet
+            clipped; to read it waits for the device. Zero before the first step.
     """
 
     def __init__(
@@ -103,11 +103,22 @@ class FlatAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        divisor: float = 1.0,
+        loss: Tensor | None = None,
+    ) -> float | None:
         """Take a step with the settings of ``param_groups[0]``, and wait for nothing.
+
+        Gradients are of no use afterwards: they may have been divided and clipped where they are.
 
         Args:
             closure: called first, with gradients enabled, as in torch.
+            divisor: what gradients are divided by on the way, such as the number of tokens that they
+                are a sum over.
+            loss: float [] on the device; one that is not finite has the step change nothing.
 
         Returns:
             What ``closure`` gave.
@@ -115,10 +126,10 @@ class FlatAdamW(torch.optim.Optimizer):
         Raises:
             ConfigError: a setting is out of range.
         """
-        loss = None
+        result = None
         if closure is not None:
             with torch.enable_grad():
-                loss = closure()
+                result = closure()
         group = self.param_groups[0]
         beta1, beta2 = group["betas"]
         settings = AdamWSettings(
@@ -128,12 +139,13 @@ class FlatAdamW(torch.optim.Optimizer):
             group["eps"],
             group["weight_decay"],
             group["max_grad_norm"],
+            divisor,
         )
         self._flat.gather_gradients()
         self.grad_norm = adamw_step(
-            self._flat.values, self._flat.gradients, self._moments, self._steps, settings
+            self._flat.values, self._flat.gradients, self._moments, self._steps, settings, loss=loss
         )
-        return loss
+        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - torch's signature
         """Set all gradients to zero in one go; they stay where they are, whatever ``set_to_none``."""

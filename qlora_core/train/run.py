@@ -22,6 +22,7 @@ from qlora_core.nn import add_lora
 from qlora_core.nn.config import ALL_LINEAR
 from qlora_core.nn.targets import left_out
 from qlora_core.optim import build_optimizer
+from qlora_core.optim.flat_adamw import FlatAdamW
 from qlora_core.text import TextEncoder
 from qlora_core.train.checkpointing import checkpoint_activations, keep_activations
 from qlora_core.train.config import TrainConfig
@@ -64,7 +65,7 @@ class Run:
     output_dir: Path
     validation: Dataset | None
     parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatAdamW
     loss_of: SupervisedLoss
     batching: Batching
     plan: ExecutionPlan
@@ -207,6 +208,7 @@ def prepare(
         parameters,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
     )
     run = Run(
         model=model,

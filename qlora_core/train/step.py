@@ -1,7 +1,9 @@
 """One optimizer step: gradients of a window of examples added up, clipped, applied and reported.
 
 A window is split into micro-batches that fit memory; their summed gradients are divided by the trained tokens
-of the whole window, so that the gradient is that of one big batch however it is split.
+of the whole window, so that the gradient is that of one big batch however it is split. The optimizer divides
+and clips on its way, and what is not finite it passes over itself: the host waits for the device once a step,
+to read what to tell.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from qlora_core.errors import LossNotFiniteError
 from qlora_core.optim import learning_rate_at
@@ -27,11 +29,33 @@ _TOLD = 3
 
 
 @dataclass(frozen=True)
+class Accumulated:
+    """What the forward passes over a window's examples have found, with numbers still on the device.
+
+    Attributes:
+        loss: float32 [], summed over the trained tokens, in nats.
+        n_correct: int64 [], trained tokens that were predicted right.
+        losses: float32 [examples], summed over each one's trained tokens.
+        examples: which these are.
+        n_trained: trained tokens, at least 1.
+        n_tokens: real tokens, trained or not.
+    """
+
+    loss: Tensor
+    n_correct: Tensor
+    losses: Tensor
+    examples: list[int]
+    n_trained: int
+    n_tokens: int
+
+
+@dataclass(frozen=True)
 class WindowSums:
-    """What the forward passes over a window's examples have found.
+    """A window's figures.
 
     Attributes:
         loss: summed over the trained tokens, in nats.
+        grad_norm: of the mean loss per trained token, before it was clipped.
         n_correct: trained tokens that were predicted right.
         n_trained: trained tokens, at least 1.
         n_tokens: real tokens, trained or not.
@@ -39,10 +63,16 @@ class WindowSums:
     """
 
     loss: float
+    grad_norm: float
     n_correct: int
     n_trained: int
     n_tokens: int
     example_losses: dict[int, float]
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step has changed anything."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def take_step(run: Run, progress: Progress) -> None:
@@ -62,33 +92,31 @@ def take_step(run: Run, progress: Progress) -> None:
         total_steps=run.total_steps,
         warmup_steps=config.warmup_length(run.total_steps),
     )
-    sums = accumulate(run, window)
-    grad_norm = float(nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm))
-    finite = math.isfinite(sums.loss) and math.isfinite(grad_norm)
-    if finite:
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate
-        run.optimizer.step()
+    found = accumulate(run, window)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.step(divisor=found.n_trained, loss=found.loss)
+    sums = _read(run, found)
     memory = run.memory.measure()
     run.optimizer.zero_grad(set_to_none=True)
 
     progress.step += 1
     progress.window += 1
     progress.seen_tokens += sums.n_tokens
-    if finite:
+    if sums.finite:
         _count(sums, progress)
     else:
-        _report_skipped(run, progress, sums, grad_norm)
+        _report_skipped(run, progress, sums)
     step_time_s = time.perf_counter() - started
     run.sink(
         StepMetrics(
             step=progress.step,
             total_steps=run.total_steps,
             epoch=progress.epoch + progress.window / run.steps_per_epoch,
-            train_loss=progress.step_loss if finite else None,
-            train_mean_token_accuracy=progress.step_accuracy if finite else None,
+            train_loss=progress.step_loss if sums.finite else None,
+            train_mean_token_accuracy=progress.step_accuracy if sums.finite else None,
             learning_rate=rate,
-            grad_norm=grad_norm if finite else None,
+            grad_norm=sums.grad_norm if sums.finite else None,
             tokens_per_s=sums.n_tokens / step_time_s,
             mfu=_utilization(run, window, sums, step_time_s),
             trained_tokens=progress.trained_tokens,
@@ -105,12 +133,14 @@ def take_step(run: Run, progress: Progress) -> None:
         )
 
 
-def accumulate(run: Run, window: Sequence[int]) -> WindowSums:
-    """Add the gradient of the window's mean loss per trained token to the parameters' ``.grad``."""
-    n_trained = sum(run.dataset.trained_counts[index] for index in window)
-    losses: list[torch.Tensor] = []
-    hits: list[torch.Tensor] = []
-    of_examples: list[torch.Tensor] = []
+def accumulate(run: Run, window: Sequence[int]) -> Accumulated:
+    """Add the gradient of the window's summed loss to the parameters' ``.grad``.
+
+    Summed, not averaged: what a token adds to a mean over thousands is too little for float16.
+    """
+    losses: list[Tensor] = []
+    hits: list[Tensor] = []
+    of_examples: list[Tensor] = []
     examples: list[int] = []
     n_tokens = 0
     for batch in run.batching.split(run.dataset, window):
@@ -121,20 +151,31 @@ def accumulate(run: Run, window: Sequence[int]) -> WindowSums:
         of_examples.append(found.example_losses)
         examples += batch.examples
         n_tokens += batch.n_tokens
-    # Not before: what a token adds to a mean over thousands is too little for float16.
-    for parameter in run.parameters:
-        if parameter.grad is not None:
-            parameter.grad.div_(n_trained)
-    # Read at the end of the window: each reading waits for the device.
-    sums: list[float] = torch.cat(of_examples).tolist()
-    return WindowSums(
-        loss=float(torch.stack(losses).sum()),
-        n_correct=int(torch.stack(hits).sum()),
-        n_trained=n_trained,
+    return Accumulated(
+        loss=torch.stack(losses).sum(),
+        n_correct=torch.stack(hits).sum(),
+        losses=torch.cat(of_examples),
+        examples=examples,
+        n_trained=sum(run.dataset.trained_counts[index] for index in window),
         n_tokens=n_tokens,
+    )
+
+
+def _read(run: Run, found: Accumulated) -> WindowSums:
+    """Read a window's figures, all at once: each reading waits for the device."""
+    figures = (found.loss, run.optimizer.grad_norm, found.n_correct)
+    # In float64, which holds every count.
+    together = torch.cat((torch.stack([each.double() for each in figures]), found.losses.double()))
+    loss, grad_norm, n_correct, *losses = together.tolist()
+    return WindowSums(
+        loss=loss,
+        grad_norm=grad_norm,
+        n_correct=int(n_correct),
+        n_trained=found.n_trained,
+        n_tokens=found.n_tokens,
         example_losses={
             index: value / run.dataset.trained_counts[index]
-            for index, value in zip(examples, sums, strict=True)
+            for index, value in zip(found.examples, losses, strict=True)
         },
     )
 
@@ -168,10 +209,12 @@ def _highest(run: Run, example_losses: dict[int, float]) -> list[dict[str, int |
     ]
 
 
-def _report_skipped(run: Run, progress: Progress, sums: WindowSums, grad_norm: float) -> None:
+def _report_skipped(run: Run, progress: Progress, sums: WindowSums) -> None:
     progress.not_finite_in_a_row += 1
     culprits = [i for i, loss in sums.example_losses.items() if not math.isfinite(loss)]
-    what, value = ("gradient norm", grad_norm) if math.isfinite(sums.loss) else ("loss", sums.loss)
+    what, value = ("loss", sums.loss)
+    if math.isfinite(sums.loss):
+        what, value = ("gradient norm", sums.grad_norm)
     examples = sorted(culprits or sums.example_losses)
     run.sink(
         Notice(

@@ -1,7 +1,7 @@
 """A step of AdamW on any device: checks the tensors and picks the device's path.
 
-CPU tensors take `cpu` (tables), others take `kernels` (Triton), whose module is only imported then; both
-give the bits of `reference` from the same scalars.
+CPU tensors take `cpu`, others take `kernels` (Triton), whose module is only imported then. From the same
+scalars both give the bits of `reference`, but for moments in 32 bits on CPUs: see there.
 """
 
 from __future__ import annotations
@@ -25,31 +25,37 @@ def adamw_step(
     moments: Moments32 | Moments8,
     steps: Tensor,
     settings: AdamWSettings,
+    *,
+    loss: Tensor | None = None,
 ) -> Tensor:
     """Take a step in place, and wait for nothing.
 
-    A gradient whose norm is not finite changes nothing: no value, no moment, no count. Float32 holds
+    A gradient whose norm or loss is not finite changes nothing: no value, no moment, no count. Float32 holds
     the sum of its squares, so this includes finite gradients beyond some 1e19.
 
     Args:
         values: float32 [n], contiguous, n a multiple of 1024.
-        gradients: float32 [n], unchanged: they are clipped on the way.
+        gradients: float32 [n]; they are divided and clipped on the way, and of no use afterwards.
         moments: of n elements.
         steps: float32 [k], how many steps there were, all equal; one is added.
         settings: of the step.
+        loss: float [] on their device, whose gradient it is; None where it is known to be finite.
 
     Returns:
-        float32 []: the gradient's norm before it is clipped.
+        float32 []: the norm of the divided gradient before it is clipped.
 
     Raises:
         DtypeError, LayoutError, ShapeError: a tensor is not as described.
     """
     _check(values, gradients, moments, steps)
-    norm = torch.linalg.vector_norm(gradients)
-    scalars = begin_step(steps, norm, settings)
-    on_cpu = values.device.type == "cpu"
-    take = cpu.adamw_step if on_cpu else launch_adamw
-    take(values, gradients, moments, scalars, settings)
+    norm = torch.linalg.vector_norm(gradients) / settings.gradient_divisor
+    scalars = begin_step(steps, norm, settings, loss=loss)
+    if values.device.type != "cpu":
+        launch_adamw(values, gradients, moments, scalars, settings)
+    elif isinstance(moments, Moments8):
+        cpu.adamw_step_8(values, gradients, moments, scalars, settings)
+    else:
+        cpu.adamw_step_32(values, gradients, moments, steps, scalars, settings)
     return norm
 
 

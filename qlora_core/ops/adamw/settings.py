@@ -27,7 +27,9 @@ class AdamWSettings:
         beta2: decay of the second moment, from 0 to below 1.
         eps: added to the root of the second moment, above 0.
         weight_decay: decoupled, per unit of learning rate.
-        max_grad_norm: longer gradients are scaled down to it; infinity for never.
+        max_grad_norm: longer gradients, once divided, are scaled down to it; infinity for never.
+        gradient_divisor: what gradients are divided by on the way, such as the number of tokens that
+            they are a sum over.
 
     Raises:
         ConfigError: one of them is outside its range.
@@ -39,6 +41,7 @@ class AdamWSettings:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = math.inf
+    gradient_divisor: float = 1.0
 
     def __post_init__(self) -> None:
         for name, least in (("learning_rate", 0.0), ("weight_decay", 0.0)):
@@ -51,6 +54,10 @@ class AdamWSettings:
         for name in ("eps", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, not {getattr(self, name)}")
+        if not 0 < self.gradient_divisor < math.inf:
+            raise ConfigError(
+                f"gradient_divisor must be a number above 0, not {self.gradient_divisor}"
+            )
 
     @property
     def decay(self) -> float:
@@ -58,26 +65,32 @@ class AdamWSettings:
         return 1 - self.learning_rate * self.weight_decay
 
 
-def begin_step(steps: Tensor, norm: Tensor, settings: AdamWSettings) -> Tensor:
+def begin_step(
+    steps: Tensor, norm: Tensor, settings: AdamWSettings, *, loss: Tensor | None = None
+) -> Tensor:
     """Count a step and give the scalars that its update needs, without waiting for the device.
 
-    A gradient whose norm is not finite is not counted. The powers are taken in float64: in float32
+    A step whose norm or loss is not finite is not counted. The powers are taken in float64: in float32
     ``1 - beta2 ** step`` has an error of 1e-5 at the first step.
 
     Args:
         steps: float32 [k], how many steps there were, all equal; one is added.
-        norm: float32 [], the gradient's norm.
+        norm: float32 [], the norm of the divided gradient.
         settings: of the step.
+        loss: float [], whose gradient it is; None where it is known to be finite.
 
     Returns:
         float32 [3]: the learning rate over the first moment's correction; one over the root of the
         second's; and what the gradient is multiplied by, NaN where the step is to change nothing.
     """
     finite = torch.isfinite(norm)
+    if loss is not None:
+        finite = finite & torch.isfinite(loss)
     steps.add_(finite)
     corrections = 1 - _betas(settings.beta1, settings.beta2, steps.device) ** steps[0].double()
     # As `torch.nn.utils.clip_grad_norm_` does it.
-    factor = (settings.max_grad_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+    clipping = (settings.max_grad_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+    factor = clipping / settings.gradient_divisor
     return torch.stack(
         (
             settings.learning_rate / corrections[0],

@@ -229,28 +229,6 @@ def test_validation_is_the_mean_over_all_its_tokens_and_moves_nothing(
     assert all(torch.equal(with_it[name], without[name]) for name in with_it)
 
 
-def test_gradients_are_clipped_to_the_norm(
-    load: Load, encoder: TextEncoder, config: MakeConfig, make_dataset: MakeDataset, tmp_path: Path
-) -> None:
-    model = load()
-    seen: list[float] = []
-    settings = config(max_grad_norm=0.01, n_epochs=1)
-    events: list[Event] = []
-    plain_step = torch.optim.AdamW.step
-
-    def step(self: torch.optim.AdamW, *args: Any) -> Any:
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        seen.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
-        return plain_step(self, *args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", step)
-        train(model, encoder, make_dataset(8), settings, events.append, output_dir=tmp_path)
-
-    assert all((step.grad_norm or 0.0) > 0.01 for step in _steps(events))
-    assert seen == pytest.approx([0.01] * 2, rel=1e-3)
-
-
 def _spoil_steps(model: PreTrainedModel, steps: set[int], value: float = float("nan")) -> None:
     """Make the hidden states of some steps' forward passes (counted from 1) not finite."""
     seen = {"passes": -1}  # the first one is the trial before the first step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from transformers import PreTrainedModel
 
 from qlora_core import Dataset, TextEncoder, TrainConfig, load_model
 from qlora_core.nn import LoraConfig, lora_modules
-from qlora_core.train import Event, StepMetrics
+from qlora_core.train import Event, Notice, StepMetrics
 from qlora_core.train.flops import training_flops
+from qlora_core.train.loss import BatchLoss
 from qlora_core.train.progress import Progress
 from qlora_core.train.run import Run, prepare
 from qlora_core.train.step import accumulate, take_step
@@ -86,9 +88,9 @@ def test_however_it_is_split_the_gradient_is_that_of_one_big_batch(
 
     sums = accumulate(run, window)
 
-    assert sums.loss / sums.n_trained == pytest.approx(loss, rel=1e-5)
+    assert float(sums.loss) / sums.n_trained == pytest.approx(loss, rel=1e-5)
     for actual, wanted in zip(_taken_gradients(run), expected, strict=True):
-        assert (actual - wanted).norm() <= 1e-5 * wanted.norm()
+        assert (actual / sums.n_trained - wanted).norm() <= 1e-5 * wanted.norm()
 
 
 def test_many_tokens_in_a_step_leave_a_float16_gradient_what_it_is(
@@ -157,6 +159,49 @@ def test_a_step_tells_the_figures_of_its_window(prepared: Prepare) -> None:
     assert step.mfu is not None
     flops = training_flops(run.shapes, lengths, n_trained)
     assert step.mfu * step.step_time_s * 1e9 == pytest.approx(flops)
+
+
+def test_gradients_are_clipped_to_the_norm(prepared: Prepare) -> None:
+    run, events = prepared(max_grad_norm=0.01)
+
+    take_step(run, Progress())
+
+    (step,) = events
+    assert isinstance(step, StepMetrics)
+    assert (step.grad_norm or 0.0) > 0.01
+    # After one step the first moment is a tenth of the gradient.
+    means = [state["exp_avg"].flatten() for state in run.optimizer.state.values()]
+    assert float(torch.cat(means).norm()) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_leaves_everything_as_it_was_under_a_finite_gradient(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, events = prepared(weight_decay=0.1)
+    loss_of = run.loss_of
+
+    class Overflowing:
+        """The true loss and gradient, told as beyond float32."""
+
+        def __call__(self, batch: Any) -> BatchLoss:
+            found = loss_of(batch)
+            return BatchLoss(found.loss + math.inf, found.n_correct, found.example_losses)
+
+    monkeypatch.setattr(run, "loss_of", Overflowing())
+    before = [parameter.detach().clone() for parameter in run.parameters]
+    progress = Progress()
+
+    take_step(run, progress)
+
+    notice, step = events
+    assert isinstance(notice, Notice)
+    assert notice.message == "Step 1 was skipped: its loss is inf."
+    assert isinstance(step, StepMetrics)
+    assert (step.train_loss, step.grad_norm, progress.not_finite_in_a_row) == (None, None, 1)
+    assert all(map(torch.equal, run.parameters, before))
+    assert not any(
+        value.any() for state in run.optimizer.state.values() for value in state.values()
+    )
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": False}, {"micro_batch_tokens": 1}], ids=str)

@@ -64,26 +64,30 @@ def test_two_hundred_steps_in_32_bits_are_those_of_torch(weight_decay: float) ->
     torch.testing.assert_close(values, param.detach(), rtol=1e-6, atol=0)
 
 
-def test_clipping_is_that_of_torch_and_leaves_the_gradient_as_it_was() -> None:
-    gradient = drawn(1024, 1) * 50
-    values, param = torch.ones(1024), torch.nn.Parameter(torch.ones(1024))
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e9])
+@pytest.mark.parametrize("divisor", [1.0, 3.0, 20_000.0])
+def test_dividing_and_clipping_on_the_way_are_torchs_done_before(
+    divisor: float, max_grad_norm: float, bits: int, kernel_device: str
+) -> None:
+    gradient = drawn(1024, 1) * 50 * divisor
+    values = torch.ones(1024, device=kernel_device)
+    param = torch.nn.Parameter(torch.ones(1024))
     theirs = torch.optim.AdamW([param], lr=1e-2, eps=1e-3, weight_decay=0)
-    param.grad = gradient.clone()
-    expected_norm = torch.nn.utils.clip_grad_norm_([param], 0.5)
+    param.grad = gradient / divisor
+    expected_norm = torch.nn.utils.clip_grad_norm_([param], max_grad_norm)
     theirs.step()
-    before = gradient.clone()
 
     norm = ops.adamw_step(
         values,
-        gradient,
-        zeros(1024, bits=32),
-        torch.zeros(1),
-        AdamWSettings(1e-2, eps=1e-3, max_grad_norm=0.5),
+        gradient.to(kernel_device),
+        zeros(1024, bits=bits, device=kernel_device),
+        torch.zeros(1, device=kernel_device),
+        AdamWSettings(1e-2, eps=1e-3, max_grad_norm=max_grad_norm, gradient_divisor=divisor),
     )
 
-    assert norm == pytest.approx(float(expected_norm))
-    torch.testing.assert_close(values, param.detach(), rtol=1e-6, atol=0)
-    assert torch.equal(gradient, before)
+    assert float(norm) == pytest.approx(float(expected_norm))
+    torch.testing.assert_close(values.cpu(), param.detach(), rtol=1e-6, atol=0)
 
 
 def test_a_step_in_8_bits_is_that_of_bitsandbytes_but_for_the_steps_of_its_table() -> None:
@@ -190,18 +194,38 @@ def test_a_gradient_that_is_not_finite_changes_nothing(
     gradient[1999] = wrong
     gradient[3] = -wrong
 
-    norm = torch.linalg.vector_norm(gradient)
-    scalars = begin_step(steps, norm, settings)
-    takes = [reference.adamw_step, launch_adamw]
-    if kernel_device == "cpu":
-        takes.append(cpu.adamw_step)
-    for take in takes:
+    scalars = begin_step(steps, torch.linalg.vector_norm(gradient), settings)
+    for take in (reference.adamw_step, launch_adamw):
         take(values, gradient, moments, scalars, settings)
 
     assert not torch.isfinite(ops.adamw_step(values, gradient, moments, steps, settings))
     assert torch.equal(values, expected)
     assert equal(moments, expected_moments)
     assert steps.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("loss", [math.nan, -math.inf])
+def test_a_loss_that_is_not_finite_changes_nothing_under_a_finite_gradient(
+    bits: int, loss: float, kernel_device: str
+) -> None:
+    values = drawn(1024, 1).to(kernel_device)
+    moments, steps = (
+        zeros(1024, bits=bits, device=kernel_device),
+        torch.zeros(1, device=kernel_device),
+    )
+    gradient = drawn(1024, 2).to(kernel_device)
+    settings = AdamWSettings(1e-3, weight_decay=0.1)
+    told = torch.tensor(1.5, device=kernel_device)
+    ops.adamw_step(values, gradient.clone(), moments, steps, settings, loss=told)
+    expected, expected_moments = values.clone(), copied(moments)
+
+    norm = ops.adamw_step(values, gradient, moments, steps, settings, loss=told * loss)
+
+    assert torch.isfinite(norm)
+    assert steps.tolist() == [1]
+    assert torch.equal(values, expected)
+    assert equal(moments, expected_moments)
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -259,23 +283,98 @@ def test_the_kernel_finds_the_codes_of_numbers_on_and_beside_all_thresholds(
     assert torch.equal(moments.mean, expected)
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_the_path_of_cpus_equals_the_reference_over_several_chunks(bits: int) -> None:
+def test_in_8_bits_the_path_of_cpus_equals_the_reference_over_several_chunks() -> None:
     n = 2 * 64 * 1024 + 3 * 1024
     expected = drawn(n, 99)
     actual, steps = expected.clone(), torch.zeros(1)
-    expected_moments = zeros(n, bits=bits)
+    expected_moments = zeros(n, bits=8)
     moments = copied(expected_moments)
+    assert isinstance(moments, Moments8)
     settings = AdamWSettings(1e-2, weight_decay=0.1, max_grad_norm=2.0)
 
     for step in range(3):
         gradient = torch.where(torch.arange(n) < 300, 0.0, drawn(n, step))
         scalars = begin_step(steps, torch.linalg.vector_norm(gradient), settings)
         reference.adamw_step(expected, gradient, expected_moments, scalars, settings)
-        cpu.adamw_step(actual, gradient, moments, scalars, settings)
+        cpu.adamw_step_8(actual, gradient, moments, scalars, settings)
 
     assert torch.equal(actual, expected)
     assert equal(moments, expected_moments)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, 1e16, 1e-20], ids=["usual", "zero", "huge", "tiny"])
+def test_in_32_bits_the_path_of_cpus_is_the_reference_up_to_rounding(scale: float) -> None:
+    n = 5 * 1024
+    expected = drawn(n, 99)
+    values, steps = expected.clone(), torch.zeros(1)
+    expected_moments, moments = zeros(n, bits=32), zeros(n, bits=32)
+    assert isinstance(expected_moments, Moments32)
+    assert isinstance(moments, Moments32)
+    settings = AdamWSettings(1e-2, weight_decay=0.1, max_grad_norm=2.0, gradient_divisor=7.0)
+
+    for step in range(3):
+        gradient = torch.where(torch.arange(n) < 300, 0.0, drawn(n, step) * scale)
+        norm = torch.linalg.vector_norm(gradient) / 7
+        scalars = begin_step(steps, norm, settings)
+        reference.adamw_step(expected, gradient, expected_moments, scalars, settings)
+        cpu.adamw_step_32(values, gradient, moments, steps, scalars, settings)
+
+    torch.testing.assert_close(values, expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(moments.mean, expected_moments.mean, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(moments.square, expected_moments.square, rtol=2e-6, atol=1e-12)
+    assert steps.tolist() == [3]
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_on_cpus_neither_threads_nor_where_the_buffer_is_cut_change_a_bit(bits: int) -> None:
+    n, threads = 37 * 1024, torch.get_num_threads()
+    settings = AdamWSettings(1e-2, weight_decay=0.1, gradient_divisor=3.0)
+    results: list[tuple[torch.Tensor, Moments]] = []
+
+    try:
+        for count, cut in ((1, n), (2, n), (3, n), (2, 1024)):
+            torch.set_num_threads(count)
+            values, moments = drawn(n, 1), zeros(n, bits=bits)
+            for step in range(1, 3):
+                gradient, steps = drawn(n, step), torch.full((1,), float(step))
+                scalars = begin_step(steps - 1, torch.ones(()), settings)
+                for place in range(0, n, cut):
+                    _take_on_cpu(
+                        slice(place, place + cut),
+                        values,
+                        gradient,
+                        moments,
+                        steps,
+                        scalars,
+                        settings,
+                    )
+            results.append((values, moments))
+    finally:
+        torch.set_num_threads(threads)
+
+    for values, moments in results[1:]:
+        assert torch.equal(values, results[0][0])
+        assert equal(moments, results[0][1])
+
+
+def _take_on_cpu(
+    place: slice,
+    values: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: Moments,
+    steps: torch.Tensor,
+    scalars: torch.Tensor,
+    settings: AdamWSettings,
+) -> None:
+    given = values[place], gradient[place]
+    if isinstance(moments, Moments32):
+        cut = Moments32(moments.mean[place], moments.square[place])
+        cpu.adamw_step_32(*given, cut, steps, scalars, settings)
+        return
+    blocks = slice(place.start // 256, place.stop // 256)
+    scales = moments.mean_absmax[blocks], moments.square_absmax[blocks]
+    cut = Moments8(moments.mean[place], moments.square[place], *scales)
+    cpu.adamw_step_8(*given, cut, scalars, settings)
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -313,6 +412,8 @@ def test_no_number_is_more_than_one_code_beyond_the_tables(*, signed: bool) -> N
         ({"beta2": -0.1}, "beta2"),
         ({"eps": 0.0}, "eps must be above 0"),
         ({"max_grad_norm": math.nan}, "max_grad_norm"),
+        ({"gradient_divisor": 0.0}, "gradient_divisor must be a number above 0, not 0.0"),
+        ({"gradient_divisor": math.inf}, "gradient_divisor"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], told: str) -> None:
