@@ -14,6 +14,7 @@
     ├── ResumePointError                   resume_point_invalid
     ├── LossNotFiniteError                 loss_not_finite
     ├── OutOfMemoryError                   out_of_memory
+    ├── DeviceError                        device_error
     ├── ShapeError (ValueError)            tensor_shape
     ├── DtypeError (TypeError)             tensor_dtype
     ├── LayoutError (ValueError)           tensor_layout
@@ -131,6 +132,12 @@ class OutOfMemoryError(EngineError):
     """The device ran out of memory."""
 
     code = "out_of_memory"
+
+
+class DeviceError(EngineError):
+    """A call of the GPU's runtime failed, or there is no such runtime."""
+
+    code = "device_error"
 
 
 class ShapeError(EngineError, ValueError):
