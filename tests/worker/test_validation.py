@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from service.settings import Settings
 from service.tables import Event, Job
 from tests.worker.conftest import chat_lines
 from worker.crew import Crew
@@ -12,13 +13,19 @@ Submit = Callable[..., str]
 Await = Callable[..., Job]
 
 
+@pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """Nobody trains: no child gets ready for it, and a validated job stays queued."""
+    return settings.model_copy(update={"train_slots": 0})
+
+
 def test_good_files_are_counted_and_every_auto_becomes_a_number(
     crew: Crew, submit: Submit, await_job: Await
 ) -> None:
     job_id = submit(chat_lines(12), chat_lines(3), hyperparameters={"batch_size": 4})
     crew.ring("validate")
 
-    job = await_job(job_id, "queued", "running")
+    job = await_job(job_id, "queued")
 
     assert job.dataset_report is not None
     assert job.dataset_report["training_file"]["n_examples"] == 12
@@ -35,7 +42,7 @@ def test_long_examples_are_cut_and_counted_aloud(
     job_id = submit([*chat_lines(11), *chat_lines(2, words=200)])
     crew.ring("validate")
 
-    job = await_job(job_id, "queued", "running")
+    job = await_job(job_id, "queued")
 
     assert job.dataset_report is not None
     assert job.dataset_report["training_file"]["n_truncated"] == 2
@@ -102,7 +109,7 @@ def test_a_disk_that_takes_no_folder_costs_attempts_and_not_their_leases(
 
 
 def test_a_file_whose_bytes_are_gone_fails_the_job_by_name(
-    crew: Crew, submit: Submit, await_job: Await, settings: object
+    crew: Crew, submit: Submit, await_job: Await
 ) -> None:
     job_id = submit(chat_lines(12))
     for blob in (crew.context.settings.data_dir / "blobs" / "files").iterdir():
