@@ -22,8 +22,16 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 DEFAULT_PROJECT = "proj_default"
 
-JOB_STATUSES = ("validating_files", "queued", "running", "succeeded", "failed", "cancelled")
-"""OpenAI's six. The first three are live."""
+JOB_STATUSES = (
+    "validating_files",
+    "queued",
+    "running",
+    "paused",
+    "succeeded",
+    "failed",
+    "cancelled",
+)
+"""OpenAI's six, and `paused`, which the API shows as `queued`. The first four are live."""
 
 
 class Base(DeclarativeBase):
@@ -98,17 +106,17 @@ class Job(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint(
-            "status IN ('validating_files','queued','running','succeeded','failed','cancelled')",
+            "status IN ('validating_files','queued','running','paused','succeeded','failed','cancelled')",
             name="status",
         ),
-        CheckConstraint("desired IN ('run','pause','cancel')", name="desired"),
+        CheckConstraint("desired IN ('run','pause','preempt','cancel')", name="desired"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index(
             "ix_jobs_claim",
             "status",
             "priority",
             "created_at",
-            postgresql_where=text("status IN ('validating_files','queued','running')"),
+            postgresql_where=text("status IN ('validating_files','queued','running','paused')"),
         ),
     )
 
@@ -117,6 +125,7 @@ class Job(Base):
     created_at: Mapped[datetime]
     finished_at: Mapped[datetime | None]
     status: Mapped[str]
+    paused_at: Mapped[datetime | None]  # since when it is paused; None: it is not
     desired: Mapped[str] = mapped_column(server_default=text("'run'"))  # a wish the worker fulfils
 
     # What was asked; never changed afterwards.
@@ -154,6 +163,10 @@ class Attempt(Base):
     """One run of a job or of its validation."""
 
     __tablename__ = "attempts"
+    __table_args__ = (
+        # At most one live attempt per job, whatever our code believes.
+        Index("uq_attempts_live", "job_id", unique=True, postgresql_where=text("ended_at IS NULL")),
+    )
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     attempt_no: Mapped[int] = mapped_column(primary_key=True)
@@ -164,7 +177,7 @@ class Attempt(Base):
     pid: Mapped[int | None]  # of the child
     started_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
-    outcome: Mapped[str | None]  # succeeded | failed | cancelled | lost | requeued
+    outcome: Mapped[str | None]  # succeeded | failed | cancelled | lost | requeued | paused
     resumed_from_step: Mapped[int | None]
     detail: Mapped[dict[str, Any] | None]  # versions, device, exit code, log tail
 

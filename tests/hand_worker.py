@@ -142,6 +142,11 @@ class HandWorker:
         with transaction(self._sessions) as session:
             finish.failed(session, run.fence, error | {"hint": "Use a lower learning rate."})
 
+    def stopped(self, run: Claim) -> None:
+        """Say that the child has stopped in good order, with its work unfinished."""
+        with transaction(self._sessions) as session:
+            finish.give_back(session, run.fence, lost=False, reason="it stopped", max_attempts=3)
+
     def cancelled(self, run: Claim) -> None:
         """Say that the child is gone."""
         with transaction(self._sessions) as session:

@@ -56,7 +56,7 @@ class LeaseKeeper:
 
     @property
     def desired(self) -> str:
-        """What was last read of the job's wish: run, pause or cancel."""
+        """What was last read of the job's wish: run, pause, preempt or cancel."""
         return self._desired
 
     @property

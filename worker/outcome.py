@@ -19,8 +19,15 @@ from worker.context import WorkerContext
 from worker.folder import AttemptFolder
 from worker.reasons import DISK_FULL_STATUS, disk_full
 
-Cause = Literal["cancel", "shutdown"]
+Cause = Literal["cancel", "pause", "preempt", "shutdown"]
 """Why the supervisor stopped a child; None where it ended by itself."""
+
+_STOPPED = {
+    "pause": "it was to be paused",
+    "preempt": "another job needs its worker",
+    "shutdown": "its worker is being stopped",
+}
+"""Why a job waits again that was stopped in good order."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,8 @@ def judge(
     if outcome == "failed" and isinstance(result.get("error"), dict):
         error = cast("finish.JobError", result["error"])
         return Verdict("failed", result=result, error=error, detail=detail)
-    if cause == "shutdown":
-        return Verdict("requeue", reason="its worker is being stopped", detail=detail)
+    if cause is not None:
+        return Verdict("requeue", reason=_STOPPED[cause], detail=detail)
     detail["log_tail"] = folder.log_tail()
     if exit_status == DISK_FULL_STATUS:
         return Verdict("failed", error=disk_full(), detail=detail)

@@ -181,24 +181,25 @@ class Supervisor:
                 is_frozen = not is_frozen
                 child.signal(signal.SIGSTOP if is_frozen else signal.SIGCONT)
                 log.warning("child_frozen" if is_frozen else "child_goes_on", **self._names())
-            if cause is None:
-                cause = self._reason_to_stop()
-                if cause is not None:
-                    child.signal(signal.SIGTERM)
-                    grace_s = (
-                        _CANCEL_GRACE_S
-                        if cause == "cancel"
-                        else self._context.settings.stop_grace_s
-                    )
-                    kill_at = time.monotonic() + grace_s
+            reason = self._reason_to_stop()
+            if reason not in (None, cause) and (cause is None or reason == "cancel"):
+                # A cancel comes through also while the child saves what a pause wants saved.
+                cause = reason
+                child.signal(signal.SIGTERM)
+                is_cancel = cause == "cancel"
+                grace_s = _CANCEL_GRACE_S if is_cancel else self._context.settings.stop_grace_s
+                kill_at = time.monotonic() + grace_s
             if kill_at is not None and time.monotonic() >= kill_at:
                 child.signal(signal.SIGKILL)
             time.sleep(_TICK_S)
         return cause
 
     def _reason_to_stop(self) -> Cause | None:
-        if self._keeper.desired == "cancel":
+        desired = self._keeper.desired
+        if desired == "cancel":
             return "cancel"
+        if self._claim.kind == "train" and (desired == "pause" or desired == "preempt"):
+            return desired
         return "shutdown" if self._stopping.is_set() else None
 
     def _conclude(self, verdict: Verdict) -> None:

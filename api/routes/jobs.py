@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, list, look at, cancel."""
+"""Fine-tuning jobs: create, list, look at, pause, resume, cancel."""
 
 import re
 from typing import Annotated, Any, Literal
@@ -10,7 +10,7 @@ from api.deps import CallerDep, CatalogDep, DoorbellDep, SessionDep, SettingsDep
 from api.errors import errors
 from service import clock
 from service.errors import IdempotencyKeyReused, InvalidRequest, NotFound, TooManyJobs
-from service.jobs import actions
+from service.jobs import actions, wishes
 from service.jobs.actions import JobFilter
 from service.jobs.fingerprint import Fingerprint
 from service.jobs.spec import MAX_METADATA_PAIRS, CreateJob
@@ -61,7 +61,11 @@ class JobOut(BaseModel):
     is_terminal: bool
     """Whether the status is final."""
     cancel_requested: bool
-    """Whether a worker has been asked to stop, and has not yet."""
+    """Whether a worker has been asked to stop for good, and has not yet."""
+    pause_requested: bool
+    """Whether the job is to be paused, and is not yet."""
+    paused_at: int | None
+    """Since when the job is paused; its status is `queued` then, as OpenAI's six have no other word for it."""
     user_provided_suffix: str | None
     attempt: int
     """How often a worker has taken the job, to validate or to train."""
@@ -90,7 +94,7 @@ class JobOut(BaseModel):
                 "id": job.id,
                 "created_at": clock.unix(job.created_at),
                 "finished_at": clock.unix(job.finished_at) if job.finished_at else None,
-                "status": job.status,
+                "status": "queued" if job.status == "paused" else job.status,
                 "model": job.model,
                 "training_file": job.training_file,
                 "validation_file": job.validation_file,
@@ -110,6 +114,8 @@ class JobOut(BaseModel):
                 "metadata": job.metadata_,
                 "is_terminal": ended,
                 "cancel_requested": job.desired == "cancel" and not ended,
+                "pause_requested": job.desired == "pause" and not ended and job.status != "paused",
+                "paused_at": clock.unix(job.paused_at) if job.paused_at else None,
                 "user_provided_suffix": job.suffix,
                 "attempt": job.attempt_no,
                 "trained_steps": step.get("step"),
@@ -180,7 +186,28 @@ def cancel_job(
     job_id: str, caller: CallerDep, session: SessionDep, settings: SettingsDep
 ) -> JobOut:
     """Cancel a job: at once if nobody works on it, else as soon as its worker has stopped."""
-    job = actions.cancel(session, caller.project_id, job_id)
+    job = wishes.cancel(session, caller.project_id, job_id)
+    return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
+
+
+@router.post("/{job_id}/pause", responses=errors(InvalidRequest, NotFound))
+def pause_job(job_id: str, caller: CallerDep, session: SessionDep, settings: SettingsDep) -> JobOut:
+    """Pause a job: at once if it waits for training, else as soon as its worker has saved where it stands."""
+    job = wishes.pause(session, caller.project_id, job_id)
+    return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
+
+
+@router.post("/{job_id}/resume", responses=errors(InvalidRequest, NotFound))
+def resume_job(
+    job_id: str,
+    caller: CallerDep,
+    session: SessionDep,
+    settings: SettingsDep,
+    doorbell: DoorbellDep,
+) -> JobOut:
+    """Let a paused job go on from where it was: it waits for a worker again."""
+    job = wishes.resume(session, caller.project_id, job_id)
+    doorbell.kick_after_commit(session, "train")
     return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
 
 

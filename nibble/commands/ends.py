@@ -75,7 +75,7 @@ def show_job(job: "FineTuningJob", *, json: bool, adapter: dict[str, Any] | None
     output.print_fields(
         (
             ("job", job.id),
-            ("status", job.status),
+            ("status", state_of(job)),
             ("model", job.model),
             ("fine-tuned model", job.fine_tuned_model),
             ("training file", job.training_file),
@@ -88,6 +88,16 @@ def show_job(job: "FineTuningJob", *, json: bool, adapter: dict[str, Any] | None
             ("adapter", adapter and adapter["folder"]),
         )
     )
+
+
+def is_paused(job: "FineTuningJob") -> bool:
+    """Whether a job waits to be resumed; the API says `queued` of it, and since when it is paused."""
+    return bool((job.model_extra or {}).get("paused_at"))
+
+
+def state_of(job: "FineTuningJob") -> str:
+    """A job's status for people."""
+    return "paused" if is_paused(job) else job.status
 
 
 def end_with(job: "FineTuningJob") -> None:

@@ -1,4 +1,4 @@
-"""`nibble jobs …`: look, watch, cancel, download. Creating has its own file."""
+"""`nibble jobs …`: look, watch, pause, resume, cancel, download. Creating has its own file."""
 
 import functools
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from nibble import output
 from nibble.answers import expect_job, expect_list
 from nibble.commands.create import create
-from nibble.commands.ends import end_with, fetch_adapter, follow, show_job
+from nibble.commands.ends import end_with, fetch_adapter, follow, is_paused, show_job, state_of
 from nibble.commands.options import BaseUrl, JobId, Json, Patience
 from nibble.connection import connect
 from nibble.download import check_target
@@ -38,7 +38,13 @@ def list_jobs(
             )
             return
         rows = (
-            (job.id, job.status, job.model, output.local_time(job.created_at), job.fine_tuned_model)
+            (
+                job.id,
+                state_of(job),
+                job.model,
+                output.local_time(job.created_at),
+                job.fine_tuned_model,
+            )
             for job in jobs
         )
         output.print_table(
@@ -78,6 +84,28 @@ def cancel_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> N
     show_job(job, json=json)
     if job.status != "cancelled":
         output.say(f"Its worker is being told; watch it stop with: nibble jobs watch {job.id}")
+
+
+@app.command("pause")
+@guarded
+def pause_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> None:
+    """Have a job wait until it is resumed; a running one saves where it stands and frees its GPU."""
+    with connect(base_url) as client:
+        job = expect_job(client.fine_tuning.jobs.pause(job_id))
+    show_job(job, json=json)
+    if not is_paused(job):
+        output.say(
+            f"Its worker is being told; look whether it has stopped: nibble jobs get {job.id}"
+        )
+
+
+@app.command("resume")
+@guarded
+def resume_job(job_id: JobId, base_url: BaseUrl = None, json: Json = False) -> None:
+    """Let a paused job go on from where it was."""
+    with connect(base_url) as client:
+        job = expect_job(client.fine_tuning.jobs.resume(job_id))
+    show_job(job, json=json)
 
 
 @app.command("checkpoints")

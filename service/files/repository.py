@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from service.tables import File, Job
 
-_LIVE = ("validating_files", "queued", "running")
+_LIVE = ("validating_files", "queued", "running", "paused")
 BLOB_GONE = ""
 
 

@@ -1,1 +1,1 @@
-"""Fine-tuning jobs: creating, reading, and the state machine (`state.move` alone writes a status)."""
+"""Fine-tuning jobs: creating, reading, what is wished of them, and the state machine (`state.move` alone writes a status)."""

@@ -1,4 +1,4 @@
-"""What the API does with jobs: create, get, list, cancel.
+"""What the API does with jobs: create, get, list. To stop them and let them go on is `service.jobs.wishes`.
 
 A create call checks that the model and the files exist; what the files hold is the job's own first step. Whoever
 calls `create` rings the doorbell for "validate" after the commit.
@@ -20,7 +20,6 @@ from service.jobs.consistency import check_together
 from service.jobs.fingerprint import Fingerprint
 from service.jobs.resolve import as_shown
 from service.jobs.spec import MAX_SEED, CreateJob, Method
-from service.jobs.state import TERMINAL, move
 from service.keys.actions import Caller
 from service.models.catalog import Catalog
 from service.settings import Settings
@@ -86,7 +85,7 @@ def get(session: Session, project_id: str, job_id: str) -> Job:
     """
     job = repository.get(session, project_id, job_id)
     if job is None:
-        raise _no_such_job(job_id)
+        raise no_such_job(job_id)
     return job
 
 
@@ -119,34 +118,8 @@ def progress(session: Session, jobs: list[Job]) -> dict[str, dict[str, Any]]:
     return repository.newest_steps(session, [job.id for job in jobs])
 
 
-def cancel(session: Session, project_id: str, job_id: str) -> Job:
-    """End a job that nobody works on; of one that a worker holds, note the wish, which the worker fulfils.
-
-    Raises:
-        NotFound: there is no such job.
-        InvalidRequest: it has already ended.
-    """
-    job = repository.lock(session, project_id, job_id)  # held: no claim and no end can come between
-    if job is None:
-        raise _no_such_job(job_id)
-    if job.status in TERMINAL:
-        done = {"succeeded": "succeeded", "failed": "failed", "cancelled": "been cancelled"}
-        raise InvalidRequest(
-            f"Job {job_id} has already {done[job.status]}; only a job that has not ended can be cancelled.",
-            param="fine_tuning_job_id",
-            code="job_already_ended",
-        )
-    if job.lease_owner is None:
-        event = NewEvent("Fine-tuning job cancelled")
-        return move(session, job_id, "cancelled", event, desired="cancel", estimated_finish=None)
-    if job.desired != "cancel":
-        repository.update_desired(session, job_id, "cancel")
-        append(session, project_id, job_id, NewEvent("Cancelling: waiting for the worker to stop"))
-        session.refresh(job)
-    return job
-
-
-def _no_such_job(job_id: str) -> NotFound:
+def no_such_job(job_id: str) -> NotFound:
+    """Return what to raise of a job that the project does not have."""
     return NotFound(f"No such fine-tuning job: {job_id[:100]}", param="fine_tuning_job_id")
 
 

@@ -42,9 +42,9 @@ def insert_job(session: Session, job: Job, submission: Submission) -> None:
 
 
 def count_waiting(session: Session, project_id: str) -> int:
-    """Return how many jobs of the project are validated or wait."""
+    """Return how many jobs of the project are validated, wait, or are paused."""
     statement = select(func.count()).where(
-        Job.project_id == project_id, Job.status.in_(("validating_files", "queued"))
+        Job.project_id == project_id, Job.status.in_(("validating_files", "queued", "paused"))
     )
     return session.scalars(statement).one()
 

@@ -1,12 +1,16 @@
 """The state machine, and the only writer of `jobs.status`.
 
     validating_files ──▶ queued ──▶ running ──▶ succeeded
-           │               │  ▲        │ │
-           ▼               │  └────────┘ ├────▶ failed
-    failed, cancelled  ◀───┴─────────────┴────▶ cancelled
+        │    │            ▲ │ ▲       │ │ │
+        │    │            │ │ └───────┘ │ ├────▶ failed
+        │    │            │ ▼           │ │
+        │    └──────────▶ paused ◀──────┘ │
+        ▼                   ▼             ▼
+    failed, cancelled   cancelled     cancelled     (and queued ──▶ cancelled)
 
 A move is a conditional UPDATE, an event, and for an end an outbox row, all in the caller's transaction. A worker's
 move carries its `attempt_no`: when the job has gone to another attempt, nothing is written and `Fenced` is raised.
+Who makes which move is in docs/architecture.md.
 """
 
 from typing import Any, Literal
@@ -19,14 +23,17 @@ from service.events.content import storable
 from service.jobs import repository
 from service.tables import Job
 
-Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+Status = Literal[
+    "validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled"
+]
 
 SOURCES: dict[Status, tuple[Status, ...]] = {
-    "queued": ("validating_files", "running"),
+    "queued": ("validating_files", "running", "paused"),
     "running": ("queued",),
+    "paused": ("validating_files", "queued", "running"),
     "succeeded": ("running",),
-    "failed": ("validating_files", "queued", "running"),
-    "cancelled": ("validating_files", "queued", "running"),
+    "failed": ("validating_files", "running"),
+    "cancelled": ("validating_files", "queued", "running", "paused"),
 }
 """From where each status can be reached."""
 
@@ -69,7 +76,7 @@ def move(
     """
     for name in _TOLD_BY_RUNS:
         values |= {name: storable(values[name])} if name in values else {}
-    values["status"] = to
+    values |= {"status": to, "paused_at": clock.now() if to == "paused" else None}
     if release:
         values |= {"lease_owner": None, "lease_until": None}
     if to in TERMINAL:

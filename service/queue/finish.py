@@ -6,7 +6,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service.events.actions import NewEvent, append
-from service.jobs.state import move
+from service.jobs.state import Status, move
 from service.queue import repository
 from service.queue.broker import Kind
 from service.queue.fence import Fence, hold
@@ -22,19 +22,22 @@ def validated(
     """The files are good: keep the report and the resolved hyperparameters, and let the job wait for training.
 
     A wish to cancel that came too late for the worker to see is fulfilled here: nobody would look at it while it waits.
+    So is a wish to pause.
 
     Raises:
         Fenced: the job is another attempt's, or ended. The same holds for every function of this module.
     """
-    if hold(session, fence).desired == "cancel":
+    desired = hold(session, fence).desired
+    if desired == "cancel":
         cancelled(session, fence)
         return
+    to: Status = "paused" if desired == "pause" else "queued"
     repository.end_attempt(session, fence.job_id, fence.attempt_no, "succeeded", None)
     move(
         session,
         fence.job_id,
-        "queued",
-        NewEvent("Files validated, moving job to queued state"),
+        to,
+        NewEvent(f"Files validated, moving job to {to} state"),
         attempt_no=fence.attempt_no,
         source=("validating_files",),
         dataset_report=report,
@@ -121,18 +124,20 @@ def give_back(
     max_attempts: int,
     detail: dict[str, Any] | None = None,
 ) -> Kind | None:
-    """The attempt ends without an end of the job: it waits again, from its last resume point.
+    """The attempt ends without an end of the job: it waits again, or is paused, and goes on from its last resume point.
+
+    What is wished of the job decides: this is where a wish to pause, to preempt or to cancel is fulfilled.
 
     Args:
         session: the transaction.
         fence: the attempt.
-        lost: whether this counts towards `max_attempts` (a death does, an orderly stop does not).
+        lost: whether this counts towards `max_attempts` (a death does; a pause, a preemption, a worker's stop do not).
         reason: ends the sentence "The job goes back to the queue: …".
         max_attempts: a job lost this often fails.
         detail: kept with the attempt, for the operator: a log's end quotes this machine's folders.
 
     Returns:
-        The kind of work that waits now, None if the job ended.
+        The kind of work that waits now, None if none does: the job is paused, or has ended.
     """
     job = hold(session, fence)
     return take_back(
@@ -151,7 +156,8 @@ def take_back(
 ) -> Kind | None:
     """The same for a job whose row the caller has locked; for the reaper, which holds no fence."""
     kind: Kind = "train" if job.status == "running" else "validate"
-    outcome = "lost" if lost else "requeued"
+    pauses = kind == "train" and job.desired == "pause"
+    outcome = "lost" if lost else "paused" if pauses else "requeued"
     repository.end_attempt(session, job.id, job.attempt_no, outcome, detail)
     lost_attempts = job.lost_attempts + (1 if lost else 0)
     if job.desired == "cancel":
@@ -160,8 +166,11 @@ def take_back(
     if lost_attempts >= max_attempts:
         _fail_lost(session, job, lost_attempts, reason, detail)
         return None
+    message = f"The job goes back to the queue: {reason}"
+    if pauses:
+        message = f"Fine-tuning job paused{f': {reason}' if lost else ''}"
     event = NewEvent(
-        f"The job goes back to the queue: {reason}",
+        message,
         level="warn" if lost else "info",
         data={"attempt_no": job.attempt_no, "lost_attempts": lost_attempts},
         attempt_no=job.attempt_no,
@@ -170,18 +179,19 @@ def take_back(
         move(
             session,
             job.id,
-            "queued",
+            "paused" if pauses else "queued",
             event,
             attempt_no=job.attempt_no,
             source=("running",),
+            desired="pause" if pauses else "run",  # a preemption is fulfilled
             lost_attempts=lost_attempts,
             estimated_finish=None,
         )
     else:
         values = {"lost_attempts": lost_attempts, "lease_owner": None, "lease_until": None}
-        repository.update_job(session, job.id, values)
+        repository.update_job(session, job.id, job.attempt_no, values)
         append(session, job.project_id, job.id, event)
-    return kind
+    return None if pauses else kind
 
 
 def _cancel(session: Session, job_id: str, attempt_no: int) -> None:

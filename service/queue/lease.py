@@ -19,7 +19,7 @@ def renew(session: Session, fence: Fence, lease_s: float) -> str:
 
 
 def read_desired(session: Session, fence: Fence) -> str:
-    """Return what is desired of the job ("run", "pause", "cancel"), without prolonging the lease.
+    """Return what is desired of the job ("run", "pause", "preempt", "cancel"), without prolonging the lease.
 
     Raises:
         Fenced: the job is another attempt's, or ended.

@@ -25,6 +25,8 @@ WAITING = {"validate": "validating_files", "train": "queued"}
 """The status in which each kind of work waits."""
 HELD = {"validate": "validating_files", "train": "running"}
 """The status in which each kind of work is held."""
+_CLAIMABLE = {"validate": ("run", "pause"), "train": ("run",)}
+"""With which wishes each kind of work is begun: a job that is to be paused is validated first."""
 
 
 def serialise_claims(session: Session) -> None:
@@ -41,7 +43,7 @@ def _waiting(kind: str) -> Sequence[ColumnElement[bool]]:
     return (
         Job.status == WAITING[kind],
         Job.lease_owner.is_(None),
-        Job.desired == "run",
+        Job.desired.in_(_CLAIMABLE[kind]),
         Job.not_before.is_(None) | (Job.not_before <= func.now()),
     )
 
@@ -129,9 +131,10 @@ def desired(session: Session, job_id: str, attempt_no: int, worker_id: str) -> s
     return session.scalar(select(Job.desired).where(*_held(job_id, attempt_no, worker_id)))
 
 
-def update_job(session: Session, job_id: str, values: dict[str, Any]) -> None:
-    """Write columns other than the status; the caller holds the row."""
-    session.execute(update(Job).where(Job.id == job_id).values(**values))
+def update_job(session: Session, job_id: str, attempt_no: int, values: dict[str, Any]) -> None:
+    """Write columns other than the status, for the attempt that has the job; the caller holds the row."""
+    fenced = (Job.id == job_id, Job.attempt_no == attempt_no, Job.lease_owner.is_not(None))
+    session.execute(update(Job).where(*fenced).values(**values))
 
 
 def lock_leases_of(session: Session, worker_id: str) -> Sequence[Job]:

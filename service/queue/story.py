@@ -47,7 +47,9 @@ def tell(
     if new:
         append_all(session, fence.project_id, fence.job_id, new)
     if estimated_finish is not None:
-        repository.update_job(session, fence.job_id, {"estimated_finish": estimated_finish})
+        repository.update_job(
+            session, fence.job_id, fence.attempt_no, {"estimated_finish": estimated_finish}
+        )
     if resumed_from_step is not None:
         values = {"resumed_from_step": resumed_from_step}
         repository.update_attempt(session, fence.job_id, teller, values)

@@ -188,6 +188,8 @@ REFUSED_BY_THE_SERVICE = {
     "an unknown job": (["get", "ftjob-nowhere"], "ftjob-nowhere"),
     "an unknown job to watch": (["watch", "ftjob-nowhere"], "ftjob-nowhere"),
     "an unknown job to cancel": (["cancel", "ftjob-nowhere"], "ftjob-nowhere"),
+    "an unknown job to pause": (["pause", "ftjob-nowhere"], "ftjob-nowhere"),
+    "an unknown job to resume": (["resume", "ftjob-nowhere"], "ftjob-nowhere"),
     "an unknown job to download": (["download", "ftjob-nowhere"], "ftjob-nowhere"),
 }
 

@@ -29,6 +29,11 @@ ERROR = {"code": "loss_not_finite", "message": "NaN", "param": None}
         ({"outcome": "failed", "error": ERROR}, "cancel", 0, "cancelled", False),
         ({"outcome": "stopped"}, "shutdown", 0, "requeue", False),
         ({"outcome": "stopped"}, None, 0, "requeue", True),  # stopped by nobody we know
+        ({"outcome": "stopped"}, "pause", 0, "requeue", False),
+        ({"outcome": "stopped"}, "preempt", 0, "requeue", False),
+        ({"outcome": "succeeded"}, "pause", 0, "succeeded", False),
+        ({"outcome": "failed", "error": ERROR}, "pause", 0, "failed", False),
+        (None, "pause", -9, "requeue", False),  # it did not stop in time
         (None, "shutdown", -9, "requeue", False),
         (None, "cancel", -15, "cancelled", False),
         (None, None, -9, "requeue", True),

@@ -8,7 +8,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.db import transaction
-from service.jobs import actions as jobs
+from service.jobs import wishes
 from service.tables import DEFAULT_PROJECT, Event, Job
 from tests.worker.conftest import chat_lines
 from worker.crew import Crew
@@ -77,7 +77,7 @@ def test_a_cancel_is_carried_out_while_a_verdict_waits_for_the_database(
     await_tries(sessions, 2)
 
     with transaction(sessions) as session:
-        jobs.cancel(session, DEFAULT_PROJECT, waiting)
+        wishes.cancel(session, DEFAULT_PROJECT, waiting)
     job = await_job(waiting, "cancelled", timeout_s=30)
 
     assert (job.attempt_no, job.error) == (1, None)

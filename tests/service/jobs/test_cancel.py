@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.db import transaction
 from service.errors import InvalidRequest, NotFound
-from service.jobs import actions
+from service.jobs import wishes
 from service.jobs.state import Fenced
 from service.queue import finish
 from service.queue.claim import Claim, claim
@@ -18,7 +18,7 @@ from tests.service.jobs.conftest import Create
 
 def cancel(sessions: sessionmaker[Session], job_id: str) -> str:
     with transaction(sessions) as session:
-        return actions.cancel(session, DEFAULT_PROJECT, job_id).status
+        return wishes.cancel(session, DEFAULT_PROJECT, job_id).status
 
 
 def take(sessions: sessionmaker[Session]) -> Claim | None:

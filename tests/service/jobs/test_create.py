@@ -12,7 +12,7 @@ from service import clock
 from service.db import transaction
 from service.errors import IdempotencyKeyReused, InvalidRequest, ServiceError, TooManyJobs
 from service.files.actions import delete_file
-from service.jobs import actions
+from service.jobs import wishes
 from service.keys.actions import Caller
 from service.tables import DEFAULT_PROJECT, Event, Job, Project, Submission
 from tests.service.jobs.conftest import CALLER, Create
@@ -85,7 +85,7 @@ def test_a_keyed_call_finds_its_job_after_the_file_is_gone(
 ) -> None:
     first = create(key="k")
     with transaction(sessions) as session:
-        actions.cancel(session, DEFAULT_PROJECT, first)
+        wishes.cancel(session, DEFAULT_PROJECT, first)
         delete_file(session, DEFAULT_PROJECT, file_id)
 
     assert create(key="k") == first
