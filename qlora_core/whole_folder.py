@@ -1,7 +1,7 @@
 """Folders that are either whole or not there: written beside their place, then renamed into it.
 
-What lies beside ``out`` meanwhile is called ``.out.<8 hex digits>.unfinished`` or ``.replaced``, by digits of each run's own: no
-run takes what another one writes, or a folder of the user's, for its own.
+What lies beside ``out`` meanwhile is called ``.out.<8 hex digits>.unfinished``, ``.replaced`` or ``.discarded``, by digits of each
+run's own: no run takes what another one writes, or a folder of the user's, for its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_BESIDE = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:unfinished|replaced)")
+_BESIDE = re.compile(r"\.(.+)\.[0-9a-f]{8}\.(?:unfinished|replaced|discarded)")
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def written_whole(folder: Path) -> Iterator[Path]:
             in it.
     """
     target = real(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make(target.parent)
     replaces = target.is_dir() and any(target.iterdir())
     for left in leftovers(target):
         if left.suffix == ".unfinished":
@@ -63,7 +63,31 @@ def leftovers(target: Path) -> list[Path]:
 def remove_leftovers(parent: Path) -> None:
     """Remove from a folder of our own all that runs that were cut off have left in it."""
     for _, left in _all_beside(parent):
-        _remove_unless_locked(left)
+        if left.suffix == ".discarded":  # nobody writes there
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            _remove_unless_locked(left)
+
+
+def discard(folder: Path) -> None:
+    """Rename a folder of our own, so that it is gone at once, and whole until then; `remove_leftovers` frees its room."""
+    folder.rename(_beside(folder, "discarded"))
+
+
+def put_back_replaced(parent: Path) -> None:
+    """Put those back that were to be replaced in a folder of our own, where the machine stopped before the new one was there."""
+    for name, left in _all_beside(parent):
+        if left.suffix == ".replaced" and not (parent / name).exists():
+            left.rename(parent / name)
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, and see to it that they outlast a power cut."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _flush(folder.parent)
 
 
 def _all_beside(parent: Path) -> list[tuple[str, Path]]:

@@ -16,6 +16,8 @@ from qlora_core.train.events import (
     DatasetProgress,
     Event,
     Notice,
+    OutOfMemoryRecovered,
+    ResumeNotExact,
     RunStarted,
     StepMetrics,
     ValidationMetrics,
@@ -66,6 +68,10 @@ class RunDisplay:
             case Notice():
                 prefix, style = _NOTICES[event.level]
                 self.say(prefix + event.message, style)
+            case ResumeNotExact():
+                self.say(f"{_NOTICES['warn'][0]}{event.message}", _NOTICES["warn"][1])
+            case OutOfMemoryRecovered():
+                self.say(f"Warning: {event.message}", "yellow")
             case DatasetProgress() if not self._console.is_terminal:
                 done, total = (n / 2**20 for n in (event.done_bytes, event.total_bytes))
                 self.say(f"tokenized {done:,.0f} of {total:,.0f} MiB")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -74,17 +74,27 @@ def write_file(
     Raises:
         OSError: the disk is full, or refuses to be written to. (The library's own writer raises no OSError.)
     """
+    header, parts = file_parts(tensors)
+    with path.open("wb") as file:
+        file.write(header)
+        for part in parts:
+            file.write(part)
+            wrote(part.nbytes)
+
+
+def file_parts(tensors: Mapping[str, Tensor]) -> tuple[bytes, Iterator[memoryview]]:
+    """Give what a file of these tensors is made of: its header, and each tensor's bytes, brought to the CPU when it is their turn."""
     # The largest elements first, so that each tensor is aligned to the size of its own.
     ordered = sorted(tensors, key=lambda name: -BITS_OF[NAME_OF[tensors[name].dtype]])
     header = write_header(
         (name, NAME_OF[tensors[name].dtype], tuple(tensors[name].shape)) for name in ordered
     )
-    with path.open("wb") as file:
-        file.write(header)
-        for name in ordered:
-            flat = tensors[name].detach().cpu().contiguous().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
-            wrote(tensors[name].nbytes)
+    return header, (_bytes_of(tensors[name]) for name in ordered)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
 
 
 def write_index(files: Sequence[Path], shards: Sequence[Sequence[str]], total: int) -> None:

@@ -127,6 +127,61 @@ class ResumePointSaved(Event):
 
 
 @dataclass(frozen=True)
+class ResumeNotExact(Event):
+    """A run goes on after ``step``, but perhaps not to the bit as it would have without a stop; told before `RunStarted`.
+
+    ``reasons``: what is not as it was, a sentence each.
+    """
+
+    kind = "resume_not_exact"
+    step: int
+    reasons: Sequence[str]
+
+    @property
+    def message(self) -> str:
+        """The event in words."""
+        return (
+            f"The run goes on after step {self.step:,}, but perhaps not to the bit as it would have without a stop. "
+            f"{' '.join(self.reasons)}"
+        )
+
+
+@dataclass(frozen=True)
+class OutOfMemoryRecovered(Event):
+    """Memory has ended; the run is more frugal from here on, and what was begun is done again.
+
+    Attributes:
+        step: that it was in; of the rehearsal and of a validation, the steps done before it.
+        where: in words, such as "in step 3, in a pass of one example and 812 tokens".
+        change: "recompute", "smaller_passes" or "inputs_on_host".
+        words: what is done from now on.
+        cost: in words.
+        slower: about how many times as long a step takes, by calculation; None where nothing is known.
+        micro_batch_tokens: of a forward pass at most, from now on.
+        memory: bytes when it had ended (`memory.measured_memory`).
+    """
+
+    kind = "out_of_memory_recovered"
+    step: int
+    where: str
+    change: Literal["recompute", "smaller_passes", "inputs_on_host"]
+    words: str
+    cost: str
+    slower: float | None
+    micro_batch_tokens: int
+    memory: Mapping[str, int]
+
+    @property
+    def message(self) -> str:
+        """The event in words."""
+        return f"Memory ended {self.where}. From now on {self.words}. {self.cost}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields, ``kind`` and the message."""
+        return {**super().as_dict(), "message": self.message}
+
+
+@dataclass(frozen=True)
 class SamplesGenerated(Event):
     """Answers to the sample prompts, by the base model or with the adapter.
 

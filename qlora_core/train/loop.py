@@ -20,14 +20,14 @@ from qlora_core.train.memory import base_bytes, out_of_memory_named
 from qlora_core.train.plan import device_name
 from qlora_core.train.progress import Progress
 from qlora_core.train.rehearsal import rehearse
-from qlora_core.train.resume import load_resume_point, set_aside
+from qlora_core.train.resuming import resume
 from qlora_core.train.run import Run, prepare
 from qlora_core.train.saving import (
     keep_adapter,
     keep_checkpoint,
     keep_resume_point,
     resume_point_is_due,
-    resume_points,
+    settle_resume_points,
 )
 from qlora_core.train.step import take_step
 from qlora_core.train.surroundings import callers_kept, surround
@@ -126,7 +126,7 @@ def train(
             adapter=None if adapter is None else Path(adapter),
         )
         surround(run.plan)
-        progress = _resume(run, resume_from)
+        progress = resume(run, None if resume_from is None else Path(resume_from))
         rehearse(run)
         _say_started(run, progress)
         if progress.step == 0:
@@ -135,6 +135,7 @@ def train(
         while not run.is_over(progress):
             if should_stop():
                 keep_resume_point(run, progress)
+                settle_resume_points(run)
                 return _result(run, progress, adapter=None)
             take_step(run, progress)
             if is_due(run, progress):
@@ -145,33 +146,6 @@ def train(
                 keep_resume_point(run, progress)
 
         return _finish(run, progress)
-
-
-def _resume(run: Run, resume_from: Path | str | None) -> Progress:
-    """Go to the newest whole resume point, or to the beginning."""
-    if resume_from is None:
-        return Progress()
-    refused: list[Path] = []
-
-    def on_refused(point: Path, reason: str) -> None:
-        run.sink(Notice("warn", reason))
-        refused.append(point)
-
-    found = load_resume_point(
-        Path(resume_from),
-        model=run.model,
-        optimizer=run.optimizer,
-        identity=run.identity,
-        on_refused=on_refused,
-    )
-    for point in refused:
-        if point.parent.resolve() == resume_points(run).resolve():
-            set_aside(point)  # those in another folder are not this run's to move
-    if found is None:
-        run.sink(Notice("warn", f"There is no whole resume point in {resume_from}: starting anew."))
-        return Progress()
-    progress, run.best = found
-    return progress
 
 
 def _say_started(run: Run, progress: Progress) -> None:
@@ -218,6 +192,7 @@ def _finish(run: Run, progress: Progress) -> TrainResult:
         put_back(run.model, run.best)
     adapter = run.output_dir / "adapter"
     keep_adapter(run, adapter)
+    settle_resume_points(run)
     result = _result(run, progress, adapter=adapter)
     if run.sample_prompts:
         samples = answer_samples(run.model, run.encoder, run.sample_prompts)

@@ -1,41 +1,51 @@
-"""Resume points: everything needed to go on exactly, in safetensors and JSON.
+"""Resume points: everything needed to go on exactly.
 
-A point is a folder ``step-N`` with the adapter, the best adapter so far where that one is to be
-offered, the optimizer's moments, the random states, where in which epoch the run is, and a manifest
-of sha256 sums. One whose files do not match its manifest is refused by name and the one before is
-taken.
+A point holds the adapter, the best adapter so far where that one is to be offered, the optimizer's moments, the
+random states of every device, where in which epoch the run is with the figures it has gathered, its settings, the
+versions of the libraries, and the plan by which its steps were computed. There is no schedule in it: the learning
+rate is a function of the step (`optim.schedule`), as the order of the examples is one of seed and epoch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qlora_core.errors import ResumePointError
-from qlora_core.models.writing import write_file
-from qlora_core.train.folders import step_folder, step_folders
+from qlora_core.quoting import quoted, shown
 from qlora_core.train.progress import Progress
+from qlora_core.train.random_states import random_states, restore_random_states
+from qlora_core.train.resume_point_files import points_of, read_point, write_point
+from qlora_core.train.versions import library_versions
 from qlora_core.train.weights import Weights, fits, put_back, trained_weights
-from qlora_core.whole_folder import remove_leftovers, written_whole
 
-_KEPT = 2
-_MANIFEST = "manifest.json"
-_STATE = "state.json"
-_ADAPTER = "adapter.safetensors"
-_BEST = "best.safetensors"
-_OPTIMIZER = "optimizer.safetensors"
-_RANDOM = "random.safetensors"
-_TENSORS = (_ADAPTER, _BEST, _OPTIMIZER, _RANDOM)
+_ADAPTER, _BEST, _OPTIMIZER, _RANDOM = _FILES = ("adapter", "best", "optimizer", "random")
+# So many differences are told; of a run with another adapter there would be hundreds.
+_TOLD = 8
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on.
+
+    Attributes:
+        point: its folder.
+        progress: where the run was.
+        best: its best adapter; empty where none is kept.
+        plan: by which its steps were computed, as JSON values; None in a point that has none.
+        reasons: sentences on what is not as it was, so that the run may not go on exactly.
+    """
+
+    point: Path
+    progress: Progress
+    best: Weights
+    plan: dict[str, Any] | None
+    reasons: list[str]
 
 
 def save_resume_point(
@@ -46,8 +56,9 @@ def save_resume_point(
     progress: Progress,
     best: Weights,
     identity: dict[str, Any],
+    plan: dict[str, Any] | None = None,
 ) -> Path:
-    """Write a point under ``folder`` and delete all but the last two up to it; those of later steps stay.
+    """Write a point under ``folder``.
 
     Args:
         folder: that of all resume points of a run.
@@ -56,6 +67,7 @@ def save_resume_point(
         progress: where the run is.
         best: the trainable parameters at the best validation; empty where none are kept.
         identity: what a run must have in common with this one to go on from here (JSON values).
+        plan: what it will follow to go on exactly (JSON values).
 
     Returns:
         The new point's folder.
@@ -63,20 +75,19 @@ def save_resume_point(
     Raises:
         OSError: the disk is full, or refuses to be written to; nothing is left of the point.
     """
-    target = step_folder(folder, progress.step)
-    with written_whole(target) as unfinished:
-        states = (trained_weights(model), best, _optimizer_state(optimizer), _random_state())
-        for name, tensors in zip(_TENSORS, states, strict=True):
-            write_file(unfinished / name, tensors)
-        state = {"progress": asdict(progress), "identity": identity}
-        (unfinished / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        sums = {path.name: _sha256(path) for path in sorted(unfinished.iterdir())}
-        (unfinished / _MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-    until_now = [point for step, point in step_folders(folder) if step <= progress.step]
-    for old in until_now[_KEPT:]:
-        shutil.rmtree(old)
-    remove_leftovers(folder)
-    return target
+    tensors = {
+        _ADAPTER: trained_weights(model),
+        _BEST: best,
+        _OPTIMIZER: _moments(optimizer),
+        _RANDOM: random_states(),
+    }
+    state = {
+        "progress": asdict(progress),
+        "identity": identity,
+        "plan": plan,
+        "versions": library_versions(),
+    }
+    return write_point(folder, progress.step, tensors, state)
 
 
 def load_resume_point(
@@ -86,7 +97,7 @@ def load_resume_point(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     on_refused: Callable[[Path, str], None],
-) -> tuple[Progress, Weights] | None:
+) -> Resumed | None:
     """Bring model, optimizer and random states to the newest whole point.
 
     Args:
@@ -97,63 +108,52 @@ def load_resume_point(
         on_refused: told which point is not whole, and why.
 
     Returns:
-        Where the run was and its best adapter, or None where there is no whole point: nothing was
-        changed.
+        Where the run was, or None where there is no whole point: nothing was changed.
 
     Raises:
-        ResumePointError: a point is whole but belongs to another run.
+        ResumePointError: a point is whole but belongs to another run; nothing was changed.
     """
-    points = [folder] if (folder / _MANIFEST).is_file() else [p for _, p in step_folders(folder)]
-    for point in points:
+    for point in points_of(folder):
         try:
-            progress, found, (adapter, best, moments, random) = _read(point)
+            state, tensors = read_point(point, _FILES)
+            progress, found = _progress(point, state), state["identity"]
         except ResumePointError as error:
             on_refused(point, error.message)
             continue
         _check_identity(point, found, identity)
+        adapter, best, moments = (tensors[name] for name in (_ADAPTER, _BEST, _OPTIMIZER))
         if not fits(model, adapter) or (best and not fits(model, best)):
             raise ResumePointError(f"The resume point {point.name} is of another adapter or model.")
-        put_back(model, adapter)
         _restore_optimizer(point, optimizer, moments)
-        _restore_random(random)
-        return progress, best
+        put_back(model, adapter)
+        reasons = [
+            *_other_versions(state.get("versions", {})),
+            *restore_random_states(tensors[_RANDOM]),
+        ]
+        return Resumed(point, progress, best, state.get("plan"), reasons)
     return None
 
 
-def set_aside(point: Path) -> None:
-    """Rename a point that is not whole, so that it counts as none of the last two and is not tried again."""
-    aside = point.with_name(f"{point.name}.torn")
-    if aside.exists():
-        shutil.rmtree(aside)
-    point.rename(aside)
-
-
-def _read(point: Path) -> tuple[Progress, dict[str, Any], list[Weights]]:
-    """Return progress, identity and the tensors of each file, if the files are those written."""
+def _progress(point: Path, state: dict[str, Any]) -> Progress:
     try:
-        sums = json.loads((point / _MANIFEST).read_text(encoding="utf-8"))
-        for name in (_STATE, *_TENSORS):
-            if _sha256(point / name) != sums[name]:
-                raise ResumePointError(
-                    f"The resume point {point.name} is torn: {name} has changed."
-                )
-        state = json.loads((point / _STATE).read_text(encoding="utf-8"))
-        progress, identity = Progress(**state["progress"]), dict(state["identity"])
-        tensors = [safetensors.torch.load_file(point / name) for name in _TENSORS]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ResumePointError(f"The resume point {point.name} is torn: {reason}.") from error
-    return progress, identity, tensors
+        return Progress(**state["progress"])
+    except TypeError as error:
+        raise ResumePointError(
+            f"The resume point {point.name} is of another version of the engine: {error}."
+        ) from error
 
 
 def _check_identity(point: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     found, wanted = _by_setting(found), _by_setting(wanted)
-    for name in sorted({*found, *wanted}):
-        if found.get(name) != wanted.get(name):
-            raise ResumePointError(
-                f"The resume point {point.name} belongs to another run: its {name} is "
-                f"{found.get(name)!r}, not {wanted.get(name)!r}."
-            )
+    differences = [
+        f"{name.removeprefix('config.')} is {_said(found, name)} there, {_said(wanted, name)} here"
+        for name in sorted({*found, *wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ResumePointError(
+            f"The resume point {point.name} belongs to another run: {_listed(differences)}."
+        )
 
 
 def _by_setting(identity: dict[str, Any]) -> dict[str, Any]:
@@ -165,7 +165,16 @@ def _by_setting(identity: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _said(settings: dict[str, Any], name: str) -> str:
+    return shown(settings[name]) if name in settings else "not set"
+
+
+def _listed(differences: list[str]) -> str:
+    more = len(differences) - _TOLD
+    return "; ".join(differences[:_TOLD]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _moments(optimizer: torch.optim.Optimizer) -> Weights:
     """Return the moments by ``<number of the parameter>.<name of the moment>``."""
     return {
         f"{index}.{name}": value
@@ -174,33 +183,46 @@ def _optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def _restore_optimizer(
-    point: Path, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+def _restore_optimizer(point: Path, optimizer: torch.optim.Optimizer, saved: Weights) -> None:
+    found, own = _kinds(saved), _kinds(_moments(optimizer))
+    # One that makes its moments in its first step has none to compare with.
+    if found and own and found != own:
+        differences = [
+            f"{name} is {found.get(name, 'not there')} there, {own.get(name, 'not there')} here"
+            for name in sorted({*found, *own}, key=_index)
+            if found.get(name) != own.get(name)
+        ]
+        raise ResumePointError(
+            f"The resume point {point.name} is of another optimizer: {_listed(differences)}."
+        )
+    state: dict[int, Weights] = {}
+    for name, value in saved.items():
+        state.setdefault(_index(name), {})[name.partition(".")[2]] = value
     groups = optimizer.state_dict()["param_groups"]
-    n_params = sum(len(group["params"]) for group in groups)
-    if state and sorted(state) != list(range(n_params)):
-        raise ResumePointError(f"The resume point {point.name} is of another optimizer.")
+    count = sum(len(group["params"]) for group in groups)
+    if state and sorted(state) != list(range(count)):
+        raise ResumePointError(
+            f"The resume point {point.name} is of another optimizer: it has moments of {len(state)} tensors, not {count}."
+        )
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.random.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+def _kinds(moments: Weights) -> dict[str, str]:
+    return {name: _kind(value) for name, value in moments.items()}
 
 
-def _restore_random(states: dict[str, Tensor]) -> None:
-    torch.random.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+def _kind(value: Tensor) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _index(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+def _other_versions(then: dict[str, Any]) -> list[str]:
+    now = library_versions()
+    return [
+        f"{name} was {quoted(then.get(name) or 'not known')}, and is {now[name] or 'not known'} now."
+        for name in now
+        if then.get(name) != now[name]
+    ]

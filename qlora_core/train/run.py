@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -55,6 +56,7 @@ class Run:
         start: a sum over the adapter that training goes on from, None where it begins anew.
         best: copies of the adapter's tensors at the best validation; empty where none are kept.
         resume_point_at: when the last resume point was written, or the run began; of `time.monotonic`.
+        freeing: what removes the resume points that the last one has made superfluous.
     """
 
     model: PreTrainedModel
@@ -77,6 +79,7 @@ class Run:
     start: str | None
     best: Weights = field(default_factory=dict)
     resume_point_at: float = field(default_factory=time.monotonic)
+    freeing: threading.Thread | None = None
     _epoch: int | None = None
     _windows: Sequence[list[int]] = ()
 

@@ -10,6 +10,7 @@ from qlora_core.train.events import CheckpointSaved, ResumePointSaved
 from qlora_core.train.folders import step_folder
 from qlora_core.train.progress import Progress
 from qlora_core.train.resume import save_resume_point
+from qlora_core.train.resume_point_files import discard_old_points
 from qlora_core.train.run import Run
 from qlora_core.whole_folder import written_whole
 
@@ -50,7 +51,8 @@ def resume_points(run: Run) -> Path:
 
 
 def keep_resume_point(run: Run, progress: Progress) -> None:
-    """Write everything needed to go on exactly from here."""
+    """Write everything needed to go on exactly from here; the points that it makes superfluous go while the run goes on."""
+    settle_resume_points(run)
     folder = save_resume_point(
         resume_points(run),
         model=run.model,
@@ -58,6 +60,14 @@ def keep_resume_point(run: Run, progress: Progress) -> None:
         progress=progress,
         best=run.best,
         identity=run.identity,
+        plan=run.plan.as_dict(),
     )
+    run.freeing = discard_old_points(resume_points(run), progress.step)
     run.resume_point_at = time.monotonic()
     run.sink(ResumePointSaved(progress.step, str(folder)))
+
+
+def settle_resume_points(run: Run) -> None:
+    """Wait until the superfluous ones are gone."""
+    if run.freeing is not None:
+        run.freeing.join()

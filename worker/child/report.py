@@ -79,6 +79,10 @@ def sink(report: Report) -> Callable[[EngineEvent], None]:
                 report.metrics(_validation_message(data), data | _also_as_valid(data))
             case "notice":
                 report.message(data["message"], level=data["level"], data=data["data"])
+            case "resume_not_exact":
+                report.message(_not_exact_message(data), level="warn", data=data)
+            case "out_of_memory_recovered":
+                report.message(data.pop("message"), level="warn", data=data)
             case "run_finished":
                 report.message(_finished_message(data), data=data)
             case "dataset_progress":
@@ -112,6 +116,11 @@ def _tell_resumed(report: Report, start_step: int) -> None:
             f"Resumed from step {start_step}",
             data={"kind": "attempt_resumed", "from_step": start_step},
         )
+
+
+def _not_exact_message(data: dict[str, Any]) -> str:
+    reasons = " ".join(data["reasons"])
+    return f"Goes on after step {data['step']}, but perhaps not to the bit as without a stop. {reasons}"
 
 
 def _also_as_valid(data: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,14 @@ from dataclasses import replace
 from rich.console import Console
 
 from qlora_core.commands.run_display import RunDisplay
-from qlora_core.train import DatasetProgress, Notice, RunStarted, StepMetrics, ValidationMetrics
+from qlora_core.train import (
+    DatasetProgress,
+    Notice,
+    ResumeNotExact,
+    RunStarted,
+    StepMetrics,
+    ValidationMetrics,
+)
 
 
 def stepped(step: int, loss: float | None = 2.5) -> StepMetrics:
@@ -55,6 +62,15 @@ def test_lines_say_where_the_run_is_and_how_long_it_takes() -> None:
         "step 41/100 loss 2.5000 lr 2.0e-04 1,234 tokens/s 3.0 GiB, 2:57 left",
         "step 100/100 loss 2.5000 lr 2.0e-04 1,234 tokens/s 3.0 GiB, 0:00 left",
     ]
+
+
+def test_a_resume_that_may_not_be_exact_is_told_with_its_reasons() -> None:
+    told = shown(ResumeNotExact(40, ["torch was 2, and is 3 now.", "And so on."]), terminal=False)
+
+    assert told == (
+        "Warning: The run goes on after step 40, but perhaps not to the bit as it would have without a stop. "
+        "torch was 2, and is 3 now. And so on.\n"
+    )
 
 
 def test_validations_notices_and_reading_are_told() -> None:

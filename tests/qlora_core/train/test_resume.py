@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import resource
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from qlora_core.nn import LoraConfig, add_lora
 from qlora_core.train import (
     Event,
     Notice,
+    ResumeNotExact,
     ResumePointSaved,
     RunFinished,
     RunStarted,
@@ -316,29 +318,106 @@ def test_what_killed_runs_left_goes_with_the_next_point(run: Run, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "changed", [{"learning_rate": 1e-3}, {"seed": 7}, {"lora": LoraConfig(r=2)}], ids=str
+    ("changed", "difference"),
+    [
+        ({"seed": 7}, "seed is 0 there, 7 here."),
+        ({"lora": LoraConfig(r=2)}, "lora.alpha is 8 there, 32 here; lora.r is 4 there, 2 here."),
+        (
+            {"learning_rate": 1e-3, "lr_scheduler_type": "cosine"},
+            "learning_rate is 0.01 there, 0.001 here; lr_scheduler_type is 'linear' there, 'cosine' here.",
+        ),
+        ({"optimizer": "adamw_8bit"}, "optimizer is 'adamw' there, 'adamw_8bit' here."),
+    ],
+    ids=str,
 )
-def test_a_point_of_another_run_is_refused(
-    changed: dict[str, Any], run: Run, config: Callable[..., TrainConfig], tmp_path: Path
+def test_a_point_of_another_run_is_refused_with_all_that_differs(
+    changed: dict[str, Any],
+    difference: str,
+    run: Run,
+    config: Callable[..., TrainConfig],
+    tmp_path: Path,
 ) -> None:
     run(tmp_path, stop_after=1, settings=config())
 
-    with pytest.raises(ResumePointError, match="belongs to another run: its config"):
+    with pytest.raises(ResumePointError) as told:
         run(tmp_path, settings=config(**changed), resume_from=tmp_path / "resume")
 
+    assert told.value.message == (f"The resume point step-1 belongs to another run: {difference}")
 
-def test_memory_settings_may_differ(
+
+def test_memory_settings_may_differ_and_are_told(
     run: Run, config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     run(tmp_path, stop_after=1, settings=config())
 
-    result, _ = run(
+    result, events = run(
         tmp_path,
         settings=config(micro_batch_tokens=64, gradient_checkpointing=True),
         resume_from=tmp_path / "resume",
     )
 
     assert result.steps == TOTAL_STEPS
+    assert isinstance(events[0], ResumeNotExact)
+    assert events[0].reasons == [
+        "micro_batch_tokens is 64, and was 4,096.",
+        "gradient_checkpointing is on, and was off.",
+    ]
+
+
+def test_a_resumed_run_computes_as_the_one_before_it_did(run: Run, tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    run(tmp_path, stop_after=1)
+    state = _state_of(tmp_path / "resume/step-1")
+    change_state(
+        tmp_path / "resume/step-1",
+        plan=state["plan"] | {"threads": threads + 1, "recompute": True, "micro_batch_tokens": 40},
+    )
+
+    run(tmp_path, stop_after=1, resume_from=tmp_path / "resume")
+
+    plan = _state_of(tmp_path / "resume/step-2")["plan"]
+    assert (plan["threads"], plan["recompute"]) == (threads + 1, True)
+    assert plan["micro_batch_tokens"] == 40
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (None, "The resume point does not say by which plan its steps were computed."),
+        (
+            {"threads": 1},
+            "The plan of its steps cannot be followed: the plan is of another version of the engine: alone_above, ",
+        ),
+    ],
+    ids=["none", "another version"],
+)
+def test_a_point_with_a_plan_that_cannot_be_followed_is_taken_all_the_same(
+    plan: dict[str, Any] | None, reason: str, run: Run, tmp_path: Path
+) -> None:
+    run(tmp_path, stop_after=1)
+    change_state(tmp_path / "resume/step-1", plan=plan)
+
+    result, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert isinstance(events[0], ResumeNotExact)
+    assert len(events[0].reasons) == 1
+    assert events[0].reasons[0].startswith(reason)
+    assert result.steps == TOTAL_STEPS
+
+
+def _state_of(point: Path) -> dict[str, Any]:
+    return json.loads((point / "state.json").read_text(encoding="utf-8"))
+
+
+def change_state(point: Path, **changes: Any) -> None:
+    """Write a point's state anew, with a sum that fits."""
+    state = point / "state.json"
+    state.write_text(json.dumps(_state_of(point) | changes), encoding="utf-8")
+    manifest = point / "manifest.json"
+    sums = json.loads(manifest.read_text())
+    sums["state.json"] = hashlib.sha256(state.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(sums))
 
 
 def save_point(model: PreTrainedModel, folder: Path, step: int) -> Path:
@@ -393,6 +472,55 @@ def test_a_run_that_begins_anew_beside_torn_points_can_be_taken_up_again(
     assert (tmp_path / "resume/step-4.torn/state.json").is_file()
 
 
+def test_of_torn_points_the_newest_is_kept(run: Run, tmp_path: Path) -> None:
+    for name in ("step-1.torn", "step-20.torn", "step-3.torn"):
+        (tmp_path / "resume" / name).mkdir(parents=True)
+
+    run(tmp_path, stop_after=1)
+
+    assert sorted(path.name for path in (tmp_path / "resume").iterdir()) == [
+        "step-1",
+        "step-20.torn",
+    ]
+
+
+def test_a_point_that_was_being_replaced_when_the_machine_stopped_is_taken(
+    run: Run, tmp_path: Path
+) -> None:
+    run(tmp_path, stop_after=2)
+    (tmp_path / "resume/step-2").rename(tmp_path / "resume/.step-2.0123abcd.replaced")
+
+    _, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert isinstance(events[0], RunStarted)
+    assert events[0].start_step == 2
+
+
+@pytest.mark.parametrize("library", ["torch", "qlora_core"])
+def test_other_libraries_are_told_and_the_run_goes_on(
+    library: str, run: Run, tmp_path: Path
+) -> None:
+    run(tmp_path, stop_after=2)
+    versions = _state_of(tmp_path / "resume/step-2")["versions"]
+    now = versions[library]
+    change_state(tmp_path / "resume/step-2", versions=versions | {library: "0.7"})
+
+    result, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert events[0] == ResumeNotExact(2, [f"{library} was 0.7, and is {now} now."])
+    assert isinstance(events[1], RunStarted)
+    assert events[1].start_step == 2
+    assert result.steps == TOTAL_STEPS
+
+
+def test_a_resume_with_everything_as_it_was_is_exact(run: Run, tmp_path: Path) -> None:
+    run(tmp_path, stop_after=2)
+
+    _, events = run(tmp_path, resume_from=tmp_path / "resume")
+
+    assert isinstance(events[0], RunStarted)
+
+
 def test_the_state_is_readable_by_people(run: Run, tmp_path: Path) -> None:
     run(tmp_path, stop_after=4)
 
@@ -404,3 +532,4 @@ def test_the_state_is_readable_by_people(run: Run, tmp_path: Path) -> None:
         1,
     )
     assert state["identity"]["n_examples"] == 12
+    assert state["versions"]["torch"] == torch.__version__

@@ -5,6 +5,7 @@ from qlora_core.train.events import (
     CheckpointSaved,
     DatasetProgress,
     Notice,
+    ResumeNotExact,
     RunFinished,
     RunStarted,
     SamplesGenerated,
@@ -114,6 +115,20 @@ def test_a_run_that_goes_on_says_from_where(tmp_path: Path) -> None:
         sink(report)(started(40))
 
     assert Tail(path).read()[-1].data == {"kind": "attempt_resumed", "from_step": 40}
+
+
+def test_a_run_that_may_not_go_on_exactly_warns_with_the_reasons(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        sink(report)(ResumeNotExact(40, ["torch was 2, and is 3 now.", "And so on."]))
+
+    (line,) = Tail(path).read()
+    assert (line.level, line.kind) == ("warn", "resume_not_exact")
+    assert line.message == (
+        "Goes on after step 40, but perhaps not to the bit as without a stop. torch was 2, and is 3 now. And so on."
+    )
+    assert line.data["reasons"] == ["torch was 2, and is 3 now.", "And so on."]
 
 
 def test_every_line_is_json_whatever_the_figures(tmp_path: Path) -> None:
