@@ -82,6 +82,7 @@ def estimate(
     With a run's file its data is read, too, if it is there: the length of the examples counts.
     """
     from qlora_core.estimate import estimate as estimate_run
+    from qlora_core.estimate import largest_fitting
 
     asked = _of_file(source) if source.suffix == ".toml" else _of_model(source)
     where = device or Device(asked.device)
@@ -89,23 +90,28 @@ def estimate(
     if where is Device.AUTO:
         where = _device_here() if room is None else Device.CUDA
     on: Literal["cuda", "cpu"] = "cuda" if where is Device.CUDA else "cpu"
-    found = estimate_run(
-        asked.model,
-        asked.settings,
-        device=on,
-        card=card,
-        cores=len(os.sched_getaffinity(0)),
+    options = {
         **asked.options,
-    )
+        "device": on,
+        "card": card,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    found = estimate_run(asked.model, asked.settings, **options)
     if room is None and on == "cuda":
         room = _free_on_the_gpu()
+    fitting = None
+    if room is not None and not found.fits(room):
+        fitting = largest_fitting(asked.model, asked.settings, room_bytes=room, **options)
     if as_json:
         document = found.as_dict() | {"device": on, "room_bytes": room, "steps": asked.steps}
         document["fits"] = None if room is None else found.fits(room)
+        document["would_fit"] = None if fitting is None else fitting.as_dict()
         document["assumed"] = [*asked.assumed, *found.assumed]
         typer.echo(json.dumps(document, indent=1))
     else:
         _print(found, asked, source, on, room)
+        if fitting is not None:
+            Console(highlight=False).print(Text(fitting.sentence), soft_wrap=True)
 
 
 def _of_model(folder: Path) -> Asked:
@@ -193,12 +199,20 @@ def _free_on_the_gpu() -> int | None:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
+def _elsewhere(kind: str, kinds: dict[str, int]) -> str:
+    """Say of paged moments how much of them the peak does not count."""
+    away = kinds["optimizer_bytes"] - kinds["optimizer_resident_bytes"]
+    if kind != "optimizer_bytes" or away == 0:
+        return ""
+    return f", {size(away)} of it in host memory at the peak"
+
+
 def _print(found: Estimate, asked: Asked, source: Path, device: str, room: int | None) -> None:
     table = Table(show_header=False)
     kinds = found.memory.as_dict()
     total = kinds["total_bytes"]
     for kind, name in _KINDS.items():
-        table.add_row(name, size(kinds[kind]))
+        table.add_row(name, size(kinds[kind]) + _elsewhere(kind, kinds))
     table.add_row("memory at the peak", size(total), end_section=True)
     if room is not None:
         left = room - total
@@ -206,6 +220,8 @@ def _print(found: Estimate, asked: Asked, source: Path, device: str, room: int |
         table.add_row(f"fits into {size(room)}", said, end_section=True)
     table.add_row("parameters", f"{found.parameters.total:,}")
     table.add_row("  trained", f"{found.parameters.adapter:,}")
+    table.add_row("the adapter on disk", size(found.adapter_file_bytes))
+    table.add_row("each resume point on disk", size(found.resume_point_bytes), end_section=True)
     table.add_row("tokens per step", f"{found.tokens_per_step:,}")
     table.add_row("forward passes per step", f"{found.passes_per_step:,}")
     time = found.step_time

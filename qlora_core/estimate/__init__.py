@@ -12,12 +12,21 @@ from types import ModuleType
 from typing import Any
 
 from qlora_core.estimate.estimating import estimate
+from qlora_core.estimate.fitting import Fitting, largest_fitting
 from qlora_core.estimate.memory import MemoryEstimate
 from qlora_core.estimate.parameters import ParameterCounts
 from qlora_core.estimate.result import Estimate
 from qlora_core.estimate.step_time import StepTime
 
-__all__ = ["Estimate", "MemoryEstimate", "ParameterCounts", "StepTime", "estimate"]
+__all__ = [
+    "Estimate",
+    "Fitting",
+    "MemoryEstimate",
+    "ParameterCounts",
+    "StepTime",
+    "estimate",
+    "largest_fitting",
+]
 
 
 class _CallablePackage(ModuleType):

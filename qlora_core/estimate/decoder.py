@@ -72,7 +72,7 @@ class Decoder:
         else:
 
             def backward(_: Arrived) -> Gradients:
-                self.products.trained(tape.memory(matrix * FLOAT32))
+                tape.memory(matrix * FLOAT32)
                 return []
 
             memory = tape.memory(elements * FLOAT32)

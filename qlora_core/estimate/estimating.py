@@ -6,23 +6,23 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qlora_core.errors import ConfigError
-from qlora_core.estimate.adapter import Adapter, choose_adapter
+from qlora_core.estimate.adapter import choose_adapter
 from qlora_core.estimate.architecture import Architecture
 from qlora_core.estimate.describing import describe
 from qlora_core.estimate.devices import CPU_CORE, Figures, figures_of, known_cards
 from qlora_core.estimate.memory import estimate_memory
 from qlora_core.estimate.operations import FLOAT32
+from qlora_core.estimate.optimizers import OPTIMIZERS
 from qlora_core.estimate.parameters import Storage, count_parameters
 from qlora_core.estimate.reading import ModelConfig, read_model_config
 from qlora_core.estimate.result import Estimate
-from qlora_core.estimate.rows import Examples, count_passes, largest_pass, next_pass
+from qlora_core.estimate.resume_point import resume_point_bytes
+from qlora_core.estimate.rows import Examples, count_passes, largest_pass
 from qlora_core.estimate.settings import HasDict, TrainSettings, check_integer, read_settings
 from qlora_core.estimate.step_time import assumptions, estimate_time
 
 _BLOCK_SIZES = tuple(2**power for power in range(5, 13))
 _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-# A generator's state: torch's on a CPU, and on a GPU.
-_RANDOM_STATE_BYTES = 5056
 # Names, shapes and places of a tensor in a safetensors header.
 _HEADER_BYTES = 180
 
@@ -73,6 +73,7 @@ def estimate(
     storage = _storage(device, compute_dtype, block_size, double_quant=double_quant)
     product_bytes = storage.dense_bytes if device == "cuda" else FLOAT32
     adapter = choose_adapter(model, settings.lora)
+    optimizer = OPTIMIZERS[settings.optimizer]
     counts = count_parameters(model, adapter, storage)
     largest = largest_pass(settings, examples)
     tokens = round(settings.batch_size * examples.mean)
@@ -82,7 +83,8 @@ def estimate(
         adapter,
         counts,
         storage,
-        (largest, next_pass(settings, examples, largest)),
+        largest,
+        optimizer,
         checkpointing=settings.gradient_checkpointing,
         dropout=settings.lora.dropout > 0,
         product_bytes=product_bytes,
@@ -108,7 +110,9 @@ def estimate(
         memory=memory,
         step_time=step_time,
         adapter_file_bytes=FLOAT32 * adapter.file_elements + _HEADER_BYTES * len(adapter.tensors),
-        resume_point_bytes=_resume_point_bytes(adapter, settings),
+        resume_point_bytes=resume_point_bytes(
+            adapter.tensors, optimizer, keeps_best=settings.keeps_best
+        ),
         assumed=(*_assumed(model, longest_tokens, device), assumptions(figures)),
     )
 
@@ -156,15 +160,6 @@ def _examples(
     if not 0 < trained_share <= 1:
         raise ConfigError(f"trained_share must be above 0 and at most 1, not {trained_share!r}")
     return Examples(longest, min(float(mean), longest), trained_share, model.alone_above)
-
-
-def _resume_point_bytes(adapter: Adapter, settings: TrainSettings) -> int:
-    """Give the bytes of adapter, moments and, where it is kept, the best adapter."""
-    times = 4 if settings.keeps_best else 3
-    tensors = len(adapter.tensors)
-    steps = FLOAT32 * tensors
-    headers = _HEADER_BYTES * tensors * (times + 1)
-    return FLOAT32 * times * adapter.elements + steps + headers + _RANDOM_STATE_BYTES
 
 
 def _assumed(model: Architecture, longest: int | None, device: str) -> list[str]:

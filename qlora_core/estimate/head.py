@@ -5,8 +5,6 @@ Stands for `qlora_core.train.loss.SupervisedLoss`, where the backward pass over 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from qlora_core.estimate.architecture import HEAD
 from qlora_core.estimate.decoder import Decoder
 from qlora_core.estimate.operations import FLOAT32, INT64, activate, cast, gather, part, scale
@@ -41,8 +39,7 @@ def _loss(decoder: Decoder, tape: Tape) -> Node:
     _one_chunk(decoder, tape, min(trained, chunk_tokens(decoder.model.vocabulary)))
 
     def backward(_: Arrived) -> Gradients:
-        while sums:
-            decoder.products.trained(sums.pop())
+        sums.clear()
         return [found.pop()]
 
     loss = tape.record(tape.memory(FLOAT32), 1, FLOAT32, [picked], backward, trains=True)
@@ -88,9 +85,7 @@ def _logits(decoder: Decoder, tape: Tape, chunk: Value) -> Value:
     if decoder.adapter.head:
         logits = _trained_head(decoder, tape, chunk)
     elif rank is not None:
-        # The gradients of a chunk are added to the sums of all of them.
-        summed = replace(decoder.products, keeps_gradients=False)
-        logits = adapted(tape, chunk, head, rank, summed, quantized=False)
+        logits = adapted(tape, chunk, head, rank, decoder.products, quantized=False)
     else:
         logits = plain(tape, chunk, head)
     if family.scaled_logits:

@@ -6,36 +6,29 @@ theirs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from qlora_core.estimate.architecture import Linear
 from qlora_core.estimate.operations import FLOAT32
 from qlora_core.estimate.tape import Arrived, Gradients, Memory, Tape, Value
 
 
-@dataclass
+@dataclass(frozen=True)
 class Products:
-    """How a run multiplies, and where its trained tensors' gradients go.
+    """How a run multiplies.
+
+    A trained tensor's gradient is added to the optimizer's buffer at once and not kept.
 
     Attributes:
         itemsize: of the numbers that are multiplied.
         makes_dense: whether each product makes the quantized weight dense in new memory; a CPU keeps a buffer for that
             from product to product, which is counted beside the activations.
         dropout: whether the adapters drop some of their inputs.
-        keeps_gradients: whether this pass is the first of its step, whose gradients stay; those of later ones are added
-            to them.
     """
 
     itemsize: int
     makes_dense: bool
     dropout: bool
-    keeps_gradients: bool
-    _kept: list[Memory] = field(default_factory=list[Memory])
-
-    def trained(self, gradient: Memory) -> None:
-        """Take the gradient of a trained tensor."""
-        if self.keeps_gradients:
-            self._kept.append(gradient)
 
     def dense(self, tape: Tape, linear: Linear) -> Memory | None:
         """Make a quantized weight dense."""
@@ -76,8 +69,7 @@ def adapted(
             if is_cast:
                 of_x = tape.memory(wide * x_size)
         held.clear()
-        products.trained(of_a)
-        products.trained(of_b)
+        del of_a, of_b
         return [of_x]
 
     x_product = tape.memory(wide * size) if is_cast else x.memory

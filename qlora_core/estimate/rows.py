@@ -1,4 +1,4 @@
-"""How the tokens of a forward pass lie, and the passes of a step that may take most memory."""
+"""How the tokens of a forward pass lie, and the pass of a step that may take most memory."""
 
 from __future__ import annotations
 
@@ -82,20 +82,6 @@ def largest_pass(settings: TrainSettings, examples: Examples) -> Rows:
     if len(lengths) < most and examples.usual < examples.longest and rest > 0:
         lengths.append(rest)
     return _packed(lengths, examples)
-
-
-def next_pass(settings: TrainSettings, examples: Examples, largest: Rows) -> Rows | None:
-    """Give the largest pass of a step that comes when the gradients of another are there; None where there is none.
-
-    Packed rows come by size, so that it is the second largest; padded ones do not.
-    """
-    left = settings.batch_size - largest.examples
-    if left <= 0:
-        return None
-    if not settings.packing:
-        return largest
-    fitting = max(1, settings.micro_batch_tokens // examples.usual)
-    return _packed([examples.usual] * min(left, fitting), examples)
 
 
 def count_passes(settings: TrainSettings, examples: Examples, largest: Rows) -> int:

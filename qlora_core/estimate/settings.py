@@ -13,6 +13,7 @@ from types import NoneType
 from typing import Any, Protocol
 
 from qlora_core.errors import ConfigError
+from qlora_core.estimate.optimizers import OPTIMIZERS
 
 ALL_LINEAR = "all-linear"
 
@@ -20,7 +21,7 @@ _PEFT_SPELLING = {"lora_alpha": "alpha", "lora_dropout": "dropout"}
 _LORA_WITHOUT_BYTES = ("alpha", "use_rslora", "alpha_pattern")
 _TRAIN_WITHOUT_BYTES = (
     "n_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_ratio", "warmup_steps", "weight_decay",
-    "max_grad_norm", "eval_steps", "train_on_inputs", "seed", "optimizer", "resume_point_every_s",
+    "max_grad_norm", "eval_steps", "train_on_inputs", "seed", "resume_point_every_s",
 )  # fmt: skip
 _MOST_RANK = 2**16
 
@@ -79,6 +80,7 @@ class TrainSettings:
     micro_batch_tokens: int = 4096
     early_stopping_patience: int = 0
     load_best_at_end: bool | None = None
+    optimizer: str = "adamw"
     lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
@@ -90,6 +92,9 @@ class TrainSettings:
             may_be_none = name == "load_best_at_end"
             if not isinstance(getattr(self, name), (bool, NoneType) if may_be_none else bool):
                 raise ConfigError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        if not isinstance(self.optimizer, str) or self.optimizer not in OPTIMIZERS:
+            names = ", ".join(OPTIMIZERS)
+            raise ConfigError(f"optimizer must be one of {names}, not {self.optimizer!r}")
 
     @property
     def keeps_best(self) -> bool:

@@ -15,6 +15,8 @@ from typer.testing import CliRunner, Result
 from qlora_core import LoraConfig, TextEncoder, TrainConfig, load_dataset
 from qlora_core import estimate as estimate_run
 from qlora_core.commands import app
+from qlora_core.commands.units import size
+from qlora_core.estimate import largest_fitting
 from tests.qlora_core.commands.conftest import WriteRun
 
 
@@ -98,13 +100,31 @@ def test_the_table_says_each_kind_and_whether_it_fits(base: Path) -> None:
     fits = run(base, "--memory", "24GiB").stdout
     not_at_all = run(base, "--memory", "1 MB").stdout
 
+    found = estimate_run(base, {"context_length": 128})
     for row in ("base weights", "adapter", "optimizer", "activations", "memory at the peak"):
         assert row in fits
     assert "fits into 24.0 GiB" in fits
     assert "yes" in fits
     assert "fits into 1.0 MiB" in not_at_all
     assert "are missing" in not_at_all
+    rows = [" ".join(line.split()) for line in fits.splitlines()]
+    assert f"│ each resume point on disk │ {size(found.resume_point_bytes)} │" in rows
+    assert f"│ the adapter on disk │ {size(found.adapter_file_bytes)} │" in rows
     assert "Assumed: step time is calculated, not measured" in fits
+
+
+def test_of_what_does_not_fit_it_is_said_what_would(base: Path) -> None:
+    settings = {"context_length": 128}
+    room = estimate_run(base, settings, device="cpu").memory.total_bytes - 1
+    expected = largest_fitting(base, settings, room_bytes=room, device="cpu")
+
+    found = document(base, "--device", "cpu", "--memory", str(room))
+    said = run(base, "--device", "cpu", "--memory", str(room)).stdout
+
+    assert found["would_fit"] == expected.as_dict()
+    assert found["would_fit"]["settings"] == {"optimizer": "adamw_8bit"}
+    assert said.endswith(f"{expected.sentence}\n")
+    assert document(base, "--device", "cpu", "--memory", str(room + 1))["would_fit"] is None
 
 
 def test_nothing_is_said_of_fitting_where_there_is_no_gpu_and_no_memory_given(base: Path) -> None:
@@ -147,7 +167,7 @@ def test_a_model_is_estimated_without_torch(base: Path) -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from qlora_core.commands import app\n"
-        "done = CliRunner().invoke(app, ['estimate', sys.argv[1], '--memory', '24GiB'])\n"
+        "done = CliRunner().invoke(app, ['estimate', sys.argv[1], '--memory', '1MiB'])\n"
         "assert done.exit_code == 0, done.output\n"
         "assert 'torch' not in sys.modules\n"
     )

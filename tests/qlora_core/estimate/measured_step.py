@@ -66,9 +66,10 @@ def measure_step(
     _forget_buffers()
     take_step(run, progress)
     dense = list(_buffers.idle.values())
+    gradients = [one.grad for one in run.parameters if one.grad is not None]
     base, kept = frozen_tensors(run.model), moments(run.optimizer)
     live = LiveTensors(
-        [*base, *run.parameters, *kept, *dense],
+        [*base, *run.parameters, *gradients, *kept, *dense],
         # Working memory that a thread keeps for dequantizing, and its table.
         apart=[*_kept.memory.values(), cpu._pair_table()],
     )
@@ -78,7 +79,7 @@ def measure_step(
         base_bytes=distinct_bytes(base),
         adapter_bytes=distinct_bytes(run.parameters),
         optimizer_bytes=distinct_bytes(kept),
-        gradients_bytes=distinct_bytes(run.parameters),
+        gradients_bytes=distinct_bytes(gradients),
         workspace_bytes=distinct_bytes(dense),
         total_bytes=live.peak_bytes,
     )

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from qlora_core import TrainConfig, estimate, save_adapter
 from qlora_core.estimate import Estimate
+from qlora_core.optim import OPTIMIZERS
 from qlora_core.train.progress import Progress
 from qlora_core.train.resume import save_resume_point
 from qlora_core.train.run import Run
@@ -50,9 +51,13 @@ def test_the_adapters_file_is_as_large_as_estimated(lora: dict[str, Any], tmp_pa
     assert estimate_of({"lora": lora}).adapter_file_bytes == pytest.approx(size, rel=0.01)
 
 
-@pytest.mark.parametrize("keeps_best", [True, False])
-def test_a_resume_point_is_as_large_as_estimated(keeps_best: bool, tmp_path: Path) -> None:
-    run = run_of({"lora": {"r": 16}}, tmp_path)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("keeps_best", [True, False], ids=["best kept", "last alone"])
+def test_a_resume_point_is_as_large_as_estimated(
+    keeps_best: bool, optimizer: str, tmp_path: Path
+) -> None:
+    settings = {"lora": {"r": 16}, "optimizer": optimizer}
+    run = run_of(settings, tmp_path)
 
     folder = save_resume_point(
         tmp_path / "resume",
@@ -64,5 +69,5 @@ def test_a_resume_point_is_as_large_as_estimated(keeps_best: bool, tmp_path: Pat
     )
 
     size = sum(path.stat().st_size for path in folder.iterdir())
-    estimated = estimate_of({"lora": {"r": 16}, "early_stopping_patience": 3 * keeps_best})
+    estimated = estimate_of({**settings, "early_stopping_patience": 3 * keeps_best})
     assert estimated.resume_point_bytes == pytest.approx(size, rel=0.02)

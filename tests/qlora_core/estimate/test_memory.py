@@ -11,6 +11,7 @@ import torch
 
 from qlora_core import TrainConfig, estimate
 from qlora_core.estimate import Estimate
+from qlora_core.optim import OPTIMIZERS
 from tests.qlora_core.estimate.families import FAMILIES, config_of
 from tests.qlora_core.estimate.measured_step import Measured, measure_step
 
@@ -121,6 +122,17 @@ def test_layers_below_the_first_adapter_keep_no_more_than_their_input(
         lora={"r": 8, "target_modules": r".*layers\.11\..*_proj"},
     )
 
+    assert_close(estimated, measured)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_takes_what_is_estimated(optimizer: str, tmp_path: Path) -> None:
+    estimated, measured = both(
+        "llama", [170, 170, 170, 170], tmp_path, optimizer=optimizer, lora={"r": 96}
+    )
+
+    assert measured.optimizer_bytes > measured.total_bytes / 20
+    assert estimated.memory.optimizer_bytes == measured.optimizer_bytes
     assert_close(estimated, measured)
 
 

@@ -63,6 +63,8 @@ def test_pefts_spelling_is_taken_too() -> None:
         ({"lora": {"dropout": float("nan")}}, "dropout must be in"),
         ({"lora": {"target_modules": []}}, "target_modules must not be empty"),
         ({"load_best_at_end": 1}, "load_best_at_end must be true or false"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, adamw_8bit"),
+        ({"optimizer": ["adamw"]}, "optimizer must be one of adamw, adamw_8bit"),
         ("batch_size=3", "must be a table"),
         ({"lora": {"target_modules": 3}}, "target_modules must be a list of names"),
         ({"lora": {"target_modules": [""]}}, "target_modules must be a list of names"),
