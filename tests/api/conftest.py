@@ -28,6 +28,7 @@ from service.keys.actions import create_key
 from service.settings import Settings
 from service.storage import Storage
 from service.tables import Project
+from tests.free_port import free_port
 from tests.hand_worker import HandWorker
 
 CHAT_LINE = b'{"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}\n'
@@ -121,7 +122,7 @@ def serve(settings: Settings) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
-        thread.join(timeout=20)
+        thread.join(timeout=60)
         listener.close()
 
 
@@ -194,27 +195,20 @@ def run_process(
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        wait_until(lambda: process.poll() is not None or _is_ready(url), within_s=60)
+        wait_until(lambda: process.poll() is not None or _is_ready(url))
         assert process.poll() is None, log.read_text()
         yield ApiProcess(url=url, pid=process.pid, log=log)
     finally:
         process.terminate()
         try:
-            code = process.wait(timeout=20)
+            code = process.wait(timeout=60)
         finally:
             process.kill()
             process.wait()
     assert code == 0, f"ended with {code}: {log.read_text()}"
 
 
-def free_port() -> int:
-    """Return a port that nobody listened on a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def wait_until(condition: Callable[[], bool], *, within_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], *, within_s: float = 90.0) -> None:
     """Wait until `condition()` holds; fail when it does not in time."""
     deadline = time.monotonic() + within_s
     while not condition():

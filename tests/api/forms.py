@@ -38,7 +38,7 @@ def form(*parts: bytes) -> bytes:
 def open_upload(url: str, key: str, *, head: bytes = b"", body: bytes) -> Iterator[socket.socket]:
     """Start an upload over a bare socket and leave it open."""
     address = httpx2.URL(url)
-    with socket.create_connection((address.host, address.port or 0), timeout=20) as connection:
+    with socket.create_connection((address.host, address.port or 0), timeout=60) as connection:
         connection.sendall(
             b"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer " + key.encode() + b"\r\n"
             b"content-type: " + CONTENT_TYPE["content-type"].encode() + b"\r\n"

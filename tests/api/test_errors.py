@@ -234,7 +234,7 @@ def test_an_endless_body_with_a_wrong_key_is_answered_and_cut_off(steady: httpx2
     stop = threading.Event()
 
     with socket.create_connection(
-        (steady.base_url.host, steady.base_url.port or 0), timeout=10
+        (steady.base_url.host, steady.base_url.port or 0), timeout=60
     ) as connection:
         connection.sendall(
             b"POST /v1/files HTTP/1.1\r\nhost: x\r\nauthorization: Bearer wrong\r\n"
@@ -243,7 +243,7 @@ def test_an_endless_body_with_a_wrong_key_is_answered_and_cut_off(steady: httpx2
         sender = threading.Thread(target=_send_until_cut_off, args=(connection, piece, stop))
         sender.start()
         answer = connection.recv(4096)
-        sender.join(timeout=10)
+        sender.join(timeout=60)
         is_cut_off = not sender.is_alive()
         stop.set()
         sender.join()

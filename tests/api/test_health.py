@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from api.main import create_app
 from operations import migrate
 from operations.embedded import postgres
+from service import db
 from service.settings import Settings
 from tests.api.conftest import run_process, serve, wait_until
 from tests.stopped import stopped
@@ -35,9 +36,9 @@ def test_without_a_database_it_lives_is_not_ready_and_says_why(settings: Setting
     gone = SecretStr("postgresql://nobody@127.0.0.1:1/nothing")
 
     with serve(settings.model_copy(update={"database_url": gone})) as url:
-        ready = httpx2.get(f"{url}/readyz", timeout=20)
+        ready = httpx2.get(f"{url}/readyz", timeout=60)
         alive = httpx2.get(f"{url}/healthz")
-        call = httpx2.get(f"{url}/v1/models", headers={"authorization": "Bearer sk"}, timeout=20)
+        call = httpx2.get(f"{url}/v1/models", headers={"authorization": "Bearer sk"}, timeout=60)
 
     assert (ready.status_code, alive.status_code) == (503, 200)
     assert ready.json()["checks"]["database"] == "the database does not answer"
@@ -47,21 +48,22 @@ def test_without_a_database_it_lives_is_not_ready_and_says_why(settings: Setting
 
 
 def test_while_the_database_hangs_it_says_so_in_time_and_recovers(
-    settings: Settings, postgres_server: postgres.Postgres
+    settings: Settings, postgres_server: postgres.Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(db, "_POOL_S", 1.0)
     hasty = settings.model_copy(update={"database_patience_s": 1.0})
 
     with serve(hasty) as url, ThreadPoolExecutor(45) as many:
         key = settings.first_key_file.read_text().strip()
         ask = partial(httpx2.get, f"{url}/v1/models", headers={"authorization": f"Bearer {key}"})
-        ready = partial(httpx2.get, f"{url}/readyz", timeout=5)
+        ready = partial(httpx2.get, f"{url}/readyz", timeout=60)
         wait_until(lambda: ready().status_code == 200)
         with stopped(postgres_server):
-            calls = [many.submit(ask, timeout=40) for _ in range(45)]  # more than there are threads
+            calls = [many.submit(ask, timeout=60) for _ in range(45)]  # more than there are threads
             hanging = ready()
             refused = [call.result() for call in calls]
         wait_until(lambda: ready().status_code == 200)
-        served = ask()
+        served = ask(timeout=60)
 
     assert hanging.status_code == 503
     assert hanging.json()["checks"]["database"] == "the database does not answer"
@@ -75,7 +77,7 @@ def test_without_a_broker_it_is_not_ready(settings: Settings) -> None:
     gone = SecretStr("redis://127.0.0.1:1/0")
 
     with serve(settings.model_copy(update={"redis_url": gone})) as url:
-        ready = httpx2.get(f"{url}/readyz", timeout=20)
+        ready = httpx2.get(f"{url}/readyz", timeout=60)
 
     assert ready.status_code == 503
     assert "does not answer" in ready.json()["checks"]["redis"]

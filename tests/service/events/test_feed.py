@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.db import transaction
 from service.errors import Unavailable
 from service.events.actions import NewEvent, append
-from service.events.feed import Feed
+from service.events.feed import Feed, Subscription
 from service.settings import Settings
 from service.tables import DEFAULT_PROJECT
 
@@ -32,7 +32,7 @@ def listeners(engine: Engine) -> int:
 
 async def until(engine: Engine, count: int) -> None:
     def wait() -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while listeners(engine) != count:
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -40,44 +40,37 @@ async def until(engine: Engine, count: int) -> None:
     await asyncio.to_thread(wait)
 
 
-async def until_listening(engine: Engine) -> None:
-    await until(engine, 1)
-    await asyncio.sleep(0.1)  # the wake-up that says "we listen now" has been given
+async def until_listening(*subscriptions: Subscription) -> None:
+    """Wait for the wake-up that says "we listen now", and forget it."""
+    for subscription in subscriptions:
+        assert await subscription.wait(60)
+        subscription.rearm()
 
 
 def test_a_commit_wakes_who_waits_for_that_job_only(
-    settings: Settings, job_id: str, sessions: sessionmaker[Session], engine: Engine
+    settings: Settings, job_id: str, sessions: sessionmaker[Session]
 ) -> None:
-    async def play() -> tuple[bool, bool, float]:
+    async def play() -> tuple[bool, bool]:
         feed = Feed.of(settings)
         with feed.subscribe(job_id) as mine, feed.subscribe("ftjob-other") as other:
-            await until_listening(engine)
-            mine.rearm()
-            other.rearm()
+            await until_listening(mine, other)
             await asyncio.to_thread(tell, sessions, job_id)
-            started = time.monotonic()
-            woken = await mine.wait(5)
-            return woken, await other.wait(0.2), time.monotonic() - started
+            return await mine.wait(60), await other.wait(0.2)
 
-    woken, other_woken, took_s = asyncio.run(play())
-
-    assert woken
-    assert not other_woken
-    assert took_s < 4
+    assert asyncio.run(play()) == (True, False)
 
 
 def test_nothing_is_told_before_the_commit(
-    settings: Settings, job_id: str, sessions: sessionmaker[Session], engine: Engine
+    settings: Settings, job_id: str, sessions: sessionmaker[Session]
 ) -> None:
     async def play() -> tuple[bool, bool]:
         feed = Feed.of(settings)
         with feed.subscribe(job_id) as mine, sessions() as session:
-            await until_listening(engine)
-            mine.rearm()
+            await until_listening(mine)
             append(session, DEFAULT_PROJECT, job_id, NewEvent("x"))
             early = await mine.wait(0.3)
             session.commit()
-            return early, await mine.wait(5)
+            return early, await mine.wait(60)
 
     assert asyncio.run(play()) == (False, True)
 
@@ -97,13 +90,12 @@ def test_a_lost_connection_comes_back_and_wakes_everyone(
     async def play() -> tuple[bool, bool]:
         feed = Feed.of(settings)
         with feed.subscribe(job_id) as mine:
-            await until_listening(engine)
-            mine.rearm()
+            await until_listening(mine)
             await asyncio.to_thread(cut)
-            back = await mine.wait(5)  # whatever was missed can be read now
+            back = await mine.wait(60)  # whatever was missed can be read now
             mine.rearm()
             await asyncio.to_thread(tell, sessions, job_id)
-            return back, await mine.wait(5)
+            return back, await mine.wait(60)
 
     assert asyncio.run(play()) == (True, True)
 
@@ -114,13 +106,13 @@ def test_without_waiters_there_is_no_connection(
     async def play() -> list[int]:
         feed = Feed.of(settings)
         counts = [listeners(engine)]
-        with feed.subscribe(job_id), feed.subscribe(job_id), feed.subscribe("ftjob-other"):
-            await until_listening(engine)
+        with feed.subscribe(job_id) as one, feed.subscribe(job_id), feed.subscribe("ftjob-other"):
+            await until_listening(one)
             counts.append(listeners(engine))
         assert feed.waiting == 0
         await until(engine, 0)
-        with feed.subscribe(job_id):
-            await until_listening(engine)
+        with feed.subscribe(job_id) as late:
+            await until_listening(late)
             counts.append(listeners(engine))
         return counts
 
@@ -148,7 +140,7 @@ def test_closing_wakes_everyone_and_refuses_the_next(settings: Settings, job_id:
             await feed.close()
             with pytest.raises(Unavailable):
                 feed.check_room()
-            return await mine.wait(1) and feed.closed
+            return await mine.wait(60) and feed.closed
 
     assert asyncio.run(play())
 
