@@ -7,6 +7,14 @@ import pytest
 from bench.watching import ProcessEnded, Watched, watch
 
 READY = "import sys, time; print('ready', flush=True); sys.stdin.readline(); "
+# Says a part of its line and waits until that was read. Between two reads the watcher looks.
+SAY = """
+import fcntl, termios
+def say(part):
+    print(part, end='', flush=True)
+    while any(fcntl.ioctl(1, termios.FIONREAD, bytes(4))):
+        time.sleep(0.001)
+"""
 
 
 def watch_python(program: str) -> Watched:
@@ -14,9 +22,9 @@ def watch_python(program: str) -> Watched:
 
 
 def test_memory_that_is_given_back_before_the_end_is_seen() -> None:
-    program = "held = bytearray(64 << 20); time.sleep(0.2); del held; time.sleep(0.1); print('{}', flush=True)"
+    program = "held = bytearray(64 << 20); say('{'); say(' '); del held; print('}', flush=True)"
 
-    watched = watch_python(READY + program)
+    watched = watch_python(READY + SAY + program)
 
     assert 60 << 20 <= watched.above["RssAnon"] <= 70 << 20
     assert watched.above["RssFile"] <= 4 << 20
