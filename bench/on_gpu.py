@@ -25,6 +25,8 @@ PARTS = {
     "checks": "checks",
     "dequantize": "speed",
     "quantize": "speed",
+    "optimizer": "optimizer",
+    "paging": "optimizer",
     "finetune": "finetune",
 }
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_core.optim import OPTIMIZERS
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -41,12 +43,25 @@ def test_checks_and_tables_run_through_the_interpreter_and_keep_nothing(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_optimizers_are_checked_and_timed(tmp_path: Path) -> None:
+    result = _bench("--device", "cpu", "--results", str(tmp_path), "--parts", "optimizer")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Nothing is wrong" in result.stdout
+    counted = re.findall(r"\bwrong_\w+=(\d+)", result.stdout)
+    assert len(counted) > 50
+    assert set(counted) == {"0"}
+    assert "what=our kernel, 8 bits  elements=3056" in result.stdout
+    assert "what=bitsandbytes AdamW8bit" in result.stdout
+
+
 @pytest.mark.slow
-def test_fine_tuning_runs_on_a_cpu_too(tmp_path: Path) -> None:
-    result = _bench("--device", "cpu", "--results", str(tmp_path), "--parts", "finetune")
+def test_fine_tuning_runs_on_a_cpu_too_with_every_optimizer(tmp_path: Path) -> None:
+    result = _bench("--device", "cpu", "--results", str(tmp_path), "--parts", "finetune", "paging")
 
     assert result.returncode == 0, result.stdout + result.stderr
     assert "train_loss_last=" in result.stdout
+    assert re.findall(r"optimizer=(\w+)  step_s=", result.stdout) == list(OPTIMIZERS)
 
 
 def test_without_a_gpu_it_says_so(device: str) -> None:
