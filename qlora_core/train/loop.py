@@ -127,7 +127,7 @@ def train(
         )
         surround(run.plan)
         progress = resume(run, None if resume_from is None else Path(resume_from))
-        rehearse(run)
+        rehearse(run, step=progress.step)
         _say_started(run, progress)
         if progress.step == 0:
             _look_at_the_base(run, progress)

@@ -135,6 +135,7 @@ class Run:
             plan = replace(plan, recompute=False)
         elif not plan.recompute and self.plan.recompute:
             keep_activations(self.model)
+        self.loss_of.inputs_on_host = plan.inputs_on_host
         self.loss_of.chunk_tokens = plan.loss_chunk_tokens or self.loss_of.chunk_tokens
         self.batching = replace(
             self.batching,
