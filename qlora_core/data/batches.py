@@ -82,25 +82,25 @@ class Batching:
 
     def split(self, dataset: Dataset, indices: Sequence[int]) -> Iterator[Batch]:
         """Yield the micro-batches of some examples; the one with the most tokens comes first."""
+        for group in self.groups(dataset.lengths, indices):
+            if self.packed:
+                yield pack(dataset, group)
+            else:
+                yield collate(dataset, group, pad_id=self.pad_id)
+
+    def groups(self, lengths: Sequence[int], indices: Sequence[int]) -> list[list[int]]:
+        """Return which examples share a micro-batch; ``lengths`` are those of all examples."""
         if self.packed:
-            rows = pack_rows(
-                indices,
-                dataset.lengths,
-                max_tokens=self.max_tokens,
-                alone_above=self.alone_above,
+            return pack_rows(
+                indices, lengths, max_tokens=self.max_tokens, alone_above=self.alone_above
             )
-            for row in rows:
-                yield pack(dataset, row)
-            return
-        groups = group_by_tokens(
+        return group_by_tokens(
             indices,
-            dataset.lengths,
+            lengths,
             max_tokens=self.max_tokens,
             pass_tokens=self.pass_tokens,
             alone_above=self.alone_above,
         )
-        for group in groups:
-            yield collate(dataset, group, pad_id=self.pad_id)
 
     def split_all(self, dataset: Dataset) -> Iterator[Batch]:
         """Yield the micro-batches of a whole dataset, planned some thousand examples at a time."""

@@ -57,3 +57,8 @@ def dense(weight: NF4Weight | Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield weight.dequantize(dtype, out=buffer[:n])
     finally:
         _buffers.idle[dtype] = buffer
+
+
+def release_idle() -> None:
+    """Give back the calling thread's idle buffers; the next product makes new ones."""
+    _buffers.idle.clear()

@@ -19,10 +19,12 @@ def evaluate(
     # Summed in float64: a float32 sum over millions of tokens loses digits.
     loss = torch.zeros((), dtype=torch.float64, device=model.device)
     n_correct = torch.zeros((), dtype=torch.int64, device=model.device)
-    for batch in batching.split_all(dataset):
-        found = loss_of(batch.to(model.device))
-        loss += found.loss
-        n_correct += found.n_correct
-    model.train(was_training)
+    try:
+        for batch in batching.split_all(dataset):
+            found = loss_of(batch.to(model.device))
+            loss += found.loss
+            n_correct += found.n_correct
+    finally:
+        model.train(was_training)
     n_tokens = sum(dataset.trained_counts)
     return float(loss) / n_tokens, int(n_correct) / n_tokens

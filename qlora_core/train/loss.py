@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from qlora_core.data import Batch
 from qlora_core.train.head import Head, find_head
+from qlora_core.train.host_memory import saved_on_host
 from qlora_core.train.packed_attention import packed_row
 
 # Float32 logits of a chunk: 128 MiB.
@@ -48,27 +49,32 @@ class SupervisedLoss:
         chunked: False for a model whose head cannot be told from its decoder (`find_head`): then its plain
             forward pass is used, full logits and all.
         chunk_tokens: over which the head runs at a time.
+        inputs_on_host: whether what the decoder keeps for its backward pass is kept on the host.
+        last_pass: which examples the last batch had, and how many tokens, padding counted; None before the first.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._head = find_head(model)
         self.chunked = self._head is not None
+        self.inputs_on_host = False
+        self.last_pass: tuple[tuple[int, ...], int] | None = None
         vocabulary = model.config.get_text_config().vocab_size
         self.chunk_tokens = max(1, min(_CHUNK_TOKENS, _CHUNK_ELEMENTS // vocabulary))
 
     def __call__(self, batch: Batch) -> BatchLoss:
         """Return the loss of a batch on the model's device; a packed one needs a model set up by `choose_packing`."""
+        self.last_pass = batch.examples, batch.input_ids.numel()
         options: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         row: AbstractContextManager[None] = nullcontext()
         if batch.lengths is not None:
             options["position_ids"], row = batch.position_ids, packed_row(batch.lengths)
         if self._head is None:
-            with row:
+            with row, self._saved():
                 logits = self._model(**options).logits.flatten(0, 1)[batch.positions]
             losses, n_correct = _losses(logits, batch.targets)
             return BatchLoss(losses.sum(), n_correct, _by_example(losses.detach(), batch))
-        with row:
+        with row, self._saved():
             hidden = self._head.decoder(**options).last_hidden_state
         loss, losses, n_correct = _ChunkedLossFn.apply(
             hidden.flatten(0, 1)[batch.positions],
@@ -78,6 +84,11 @@ class SupervisedLoss:
             *self._head.parameters,
         )  # pyright: ignore[reportGeneralTypeIssues]
         return BatchLoss(loss, n_correct, _by_example(losses, batch))
+
+    def _saved(self) -> AbstractContextManager[None]:
+        if not self.inputs_on_host:
+            return nullcontext()
+        return saved_on_host([*self._model.parameters(), *self._model.buffers()])
 
 
 class _ChunkedLossFn(torch.autograd.Function):
@@ -169,7 +180,9 @@ def _losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_example(losses: Tensor, batch: Batch) -> Tensor:
-    """Sum each example's tokens: differences of a running sum, however many examples there are."""
-    running = functional.pad(losses.double().cumsum(0), (1, 0))
-    ends = functional.pad(batch.trained_ends, (1, 0))
-    return running[ends].diff().float()
+    """Sum each example's tokens, in float64 and in an order that is the same on every device each time."""
+    # Not by differences of a running sum, which torch has no deterministic kernel for on a GPU.
+    places = torch.arange(len(losses), device=losses.device)
+    owners = torch.searchsorted(batch.trained_ends, places, right=True)
+    sums = torch.zeros(len(batch.examples), dtype=torch.float64, device=losses.device)
+    return sums.index_add_(0, owners, losses.double()).float()

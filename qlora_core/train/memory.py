@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import resource
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,10 @@ from qlora_core.nn.nf4_linear import product_dtype
 
 _PAGE_BYTES = resource.getpagesize()
 _STATM = Path("/proc/self/statm")
+# What may say that memory has ended; `is_out_of_memory` tells which do.
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
+# Where torch raises a plain RuntimeError: its CPU allocator, the driver's calls, and cuBLAS.
+_IN_WORDS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class MemoryMeter:
@@ -110,22 +115,24 @@ def _distinct_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 @contextmanager
-def out_of_memory_named(device: torch.device, during: str = "") -> Iterator[None]:
-    """Turn the several ways a device runs out of memory into our one error; ``during`` what is done inside."""
+def out_of_memory_named(device: torch.device) -> Iterator[None]:
+    """Turn the several ways a device runs out of memory into our one error, where nothing more frugal can be tried."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+    except OUT_OF_MEMORY as error:
+        if not is_out_of_memory(error):
             raise
         used = ", ".join(f"{name} {value:,}" for name, value in measured_memory(device).items())
         raise OutOfMemoryError(
-            f"The {device.type} ran out of memory{during} ({used}). Lower micro_batch_tokens or "
+            f"The {device.type} ran out of memory ({used}). Lower micro_batch_tokens or "
             "context_length, or turn gradient_checkpointing on."
         ) from error
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, one of `OUT_OF_MEMORY`, says that memory has ended."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    # torch raises a plain RuntimeError where the CPU's allocator fails.
-    return "can't allocate memory" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return any(words in str(error) for words in _IN_WORDS)

@@ -21,6 +21,7 @@ from qlora_core.optim import learning_rate_at
 from qlora_core.train.events import Notice, StepMetrics
 from qlora_core.train.flops import training_flops
 from qlora_core.train.progress import Progress
+from qlora_core.train.recovery import until_it_fits
 from qlora_core.train.run import Run
 
 _NOT_FINITE_ALLOWED = 2
@@ -92,7 +93,12 @@ def take_step(run: Run, progress: Progress) -> None:
         total_steps=run.total_steps,
         warmup_steps=config.warmup_length(run.total_steps),
     )
-    found = accumulate(run, window)
+    found = until_it_fits(
+        run,
+        lambda: accumulate(run, window),
+        step=progress.step + 1,
+        during=f"in step {progress.step + 1:,}",
+    )
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.step(divisor=found.n_trained, loss=found.loss)

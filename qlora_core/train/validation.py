@@ -11,6 +11,7 @@ import math
 from qlora_core.train.evaluate import evaluate
 from qlora_core.train.events import Notice, ValidationMetrics
 from qlora_core.train.progress import Progress
+from qlora_core.train.recovery import until_it_fits
 from qlora_core.train.run import Run
 from qlora_core.train.weights import copied_weights
 
@@ -23,9 +24,16 @@ def is_due(run: Run, progress: Progress) -> bool:
 
 def validate(run: Run, progress: Progress) -> None:
     """Measure the whole validation set, tell its figures, and note whether they are the best so far."""
-    if run.validation is None:
+    dataset = run.validation
+    if dataset is None:
         return
-    loss, accuracy = evaluate(run.model, run.loss_of, run.validation, batching=run.batching)
+    loss, accuracy = until_it_fits(
+        run,
+        lambda: evaluate(run.model, run.loss_of, dataset, batching=run.batching),
+        step=progress.step,
+        during=f"in the validation after step {progress.step:,}",
+        trains=False,
+    )
     finite = math.isfinite(loss)
     progress.valid_loss, progress.valid_accuracy = (loss, accuracy) if finite else (None, None)
     is_best = False
