@@ -104,6 +104,7 @@ def publish(
             adapter = adapters.publish(
                 session, context.storage, job, attempt_no, step, Path(folder)
             )
+            hold(session, fence)
         with context.transaction() as session:
             hold(session, fence)
             checkpoint = adapters.save_checkpoint(

@@ -156,6 +156,7 @@ def _succeed(context: WorkerContext, claim: Claim, folder: AttemptFolder, verdic
             folder.path / str(result["adapter"]),
         )
         content = results_csv(session, job)
+        hold(session, claim.fence)
     key = f"results/{job.id}/{claim.fence.attempt_no}.csv"
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "results.csv"

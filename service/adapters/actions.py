@@ -1,7 +1,8 @@
 """Publishing adapters and checkpoints, and finding what to download.
 
 An adapter's row alone shows nothing to anyone: a checkpoint's row, or the job's success, does. So a worker publishes
-first, without the fence and without holding the job's row, and tells afterwards, in its fenced transaction.
+first, without holding the job's row while files are copied (it takes the fence before that transaction's commit), and
+tells afterwards, in another fenced transaction.
 """
 
 import hashlib
@@ -47,7 +48,7 @@ def publish(
 ) -> Adapter:
     """Store a PEFT folder's files and a manifest of them, and return the adapter.
 
-    Call it before taking the fence: it takes as long as the files take to copy. What an attempt has published at a
+    Take the fence after it, in the same transaction: it takes as long as the files take to copy. What an attempt has published at a
     step stays as it is: a second call returns the first one's adapter and copies nothing.
 
     Raises:
