@@ -4,7 +4,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,12 @@ import psutil
 import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
+from sqlalchemy import create_engine, select
+from sqlalchemy.orm import Session
 
 from operations.embedded import postgres, valkey
+from service.tables import Attempt
+from tests.free_port import free_port
 from tests.tiny_models import save_tiny_llama
 
 ENDED = ("succeeded", "failed", "cancelled")
@@ -77,7 +80,7 @@ class Deployment:
     def start_api(self) -> None:
         """Start the API and wait until it is ready."""
         self.start("api")
-        wait_until(self._is_ready, timeout_s=60, why=f"the API is not ready: {self.log('api')}")
+        wait_until(self._is_ready, timeout_s=90, why=f"the API is not ready: {self.log('api')}")
 
     def _is_ready(self) -> bool:
         try:
@@ -103,7 +106,7 @@ class Deployment:
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(timeout=30)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -119,7 +122,7 @@ class User:
         self.http = httpx2.Client(
             base_url=deployment.url,
             headers={"authorization": f"Bearer {deployment.key}"},
-            timeout=30,
+            timeout=60,
         )
 
     def upload(self, content: bytes) -> str:
@@ -142,6 +145,13 @@ class User:
             hyperparameters=hyper,  # pyright: ignore[reportArgumentType]  (ours go beyond OpenAI's three)
         )
         return job.id
+
+    def submit_endless(self) -> str:
+        """Create a job that no machine finishes during a test, and return its id when its first step is told."""
+        content = chat_file(2000, words=20)
+        job_id = self.submit(content, n_epochs=50, batch_size=1)  # 100,000 steps
+        self.wait_for_message(job_id, "Step 1/")
+        return job_id
 
     def messages(self, job_id: str) -> list[str]:
         """The messages of a job's events, oldest first."""
@@ -171,6 +181,22 @@ class User:
     def close(self) -> None:
         self.http.close()
         self.client.close()
+
+
+def training_pid(deployment: Deployment, job_id: str) -> int:
+    """The process that the job's second attempt, its first to train, runs in, once its worker has noted it."""
+    engine = create_engine(deployment.environment["NIBBLE_DATABASE_URL"])
+    first = select(Attempt.pid).where(Attempt.job_id == job_id, Attempt.attempt_no == 2)
+
+    def noted_pid() -> int | None:
+        with Session(engine) as session:
+            return session.scalars(first).one_or_none()
+
+    wait_until(lambda: noted_pid() is not None, timeout_s=120, why="the worker notes no pid")
+    pid = noted_pid()
+    engine.dispose()
+    assert pid is not None
+    return pid
 
 
 def children_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -211,9 +237,7 @@ def deploy(
         "".join(f'[models.{id_}]\npath = "{path}"\n' for id_, path in models.items()),
         encoding="utf-8",
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     environment = {
         "NIBBLE_DATA_DIR": str(folder / "data"),
         "NIBBLE_DATABASE_URL": server.url_of(name),
@@ -221,7 +245,7 @@ def deploy(
         "NIBBLE_MODELS_FILE": str(catalog),
         "NIBBLE_PORT": str(port),
         "NIBBLE_MIN_FREE_BYTES": "0",
-        "NIBBLE_LEASE_S": "6",
+        "NIBBLE_LEASE_S": "60",
         "NIBBLE_RENEW_S": "1",
         "NIBBLE_POLL_S": "2",
         "NIBBLE_REAP_S": "0.5",

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 from tests.e2e.conftest import User, chat_file, children_of, wait_until
@@ -53,13 +54,13 @@ def check_who_has_torch(user: User) -> None:
     assert not any(has_torch.values())
 
     def spare_is_ready() -> bool:
-        children = children_of(user.deployment.processes[-1])
-        return any(
-            "libtorch" in Path(f"/proc/{child.pid}/maps").read_text(encoding="utf-8")
-            for child in children
-        )
+        for child in children_of(user.deployment.processes[-1]):
+            with suppress(OSError):  # one that has ended meanwhile
+                if "libtorch" in Path(f"/proc/{child.pid}/maps").read_text(encoding="utf-8"):
+                    return True
+        return False
 
-    wait_until(spare_is_ready, timeout_s=60, why="no child stands ready with torch loaded")
+    wait_until(spare_is_ready, timeout_s=90, why="no child stands ready with torch loaded")
 
 
 def check_metrics(user: User, job_id: str) -> None:
