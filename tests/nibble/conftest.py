@@ -26,6 +26,8 @@ from tests.tiny_models import save_tiny_llama
 
 MODEL = "tiny"
 _START_S = 120
+ENDLESS = 2000
+"""Examples that no machine trains fifty times, one a step, while a test looks."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def training_file(tmp_path: Path) -> Path:
 @pytest.fixture
 def long_job(client: openai.OpenAI, tmp_path: Path) -> Iterator[FineTuningJob]:
     """A job that is still being worked on when the test looks, and is cancelled at the test's end."""
-    path = write_chat(tmp_path / "long.jsonl", examples=400)
+    path = write_chat(tmp_path / "long.jsonl", examples=ENDLESS)
     uploaded = client.files.create(file=path, purpose="fine-tune")
     wanted = {"n_epochs": 50, "batch_size": 1}
     job = submit(client, Submission(MODEL, uploaded.id, hyperparameters=wanted))

@@ -12,7 +12,7 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
 
-from tests.nibble.conftest import MODEL, Live, write_chat
+from tests.nibble.conftest import ENDLESS, MODEL, Live, write_chat
 from tests.nibble.proxy import Proxy
 
 
@@ -27,7 +27,7 @@ def start(live: Live, stderr: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def wait_until_said(process: subprocess.Popen[bytes], stderr: Path, what: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while what not in stderr.read_text():
         assert process.poll() is None, stderr.read_text()
         assert time.monotonic() < deadline, stderr.read_text()
@@ -50,7 +50,7 @@ def test_an_interrupted_watch_leaves_the_job_and_says_how_to_watch_it_again(
     wait_until_said(process, stderr, "Created fine-tuning job")
 
     process.send_signal(sent)
-    stdout, _ = process.communicate(timeout=20)
+    stdout, _ = process.communicate(timeout=90)
 
     assert process.returncode == code
     assert stdout == b""
@@ -63,13 +63,13 @@ def test_an_interrupted_watch_leaves_the_job_and_says_how_to_watch_it_again(
 def test_an_interrupted_create_leaves_the_job_it_made(
     live: Live, client: openai.OpenAI, tmp_path: Path
 ) -> None:
-    file, stderr = write_chat(tmp_path / "long.jsonl", examples=400), tmp_path / "stderr"
+    file, stderr = write_chat(tmp_path / "long.jsonl", examples=ENDLESS), tmp_path / "stderr"
     options = ("--model", MODEL, "--epochs", "50", "--batch-size", "1", "--wait")
     process = start(live, stderr, "jobs", "create", str(file), *options)
     wait_until_said(process, stderr, "Created ftjob-")
 
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=90)
 
     assert process.returncode == 130
     job_id = stderr.read_text().partition("nibble jobs watch ")[2].split()[0]
@@ -88,7 +88,7 @@ def test_an_interrupted_download_says_how_to_fetch_the_rest(
     wait_until_said(process, stderr, "The download broke off")
 
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=90)
 
     assert process.returncode == 130
     told = stderr.read_text().partition("Fetch the rest with: ")[2]
