@@ -18,6 +18,7 @@ from torch.nn import functional
 from qlora_core.nn.config import scaling_of
 from qlora_core.nn.masters import apply_but_keep_float32
 from qlora_core.nn.nf4_linear import NF4Linear, NoDenseWeight, product_dtype
+from qlora_core.ops.working_copy import WorkingCopy
 from qlora_core.quant import NF4Weight
 from qlora_core.quant.workspace import dense
 
@@ -25,6 +26,9 @@ from qlora_core.quant.workspace import dense
 # load transformers with every layer.
 _CONV1D = ("transformers.pytorch_utils", "Conv1D")
 _FALCON = ("transformers.models.falcon.modeling_falcon", "FalconLinear")
+
+# Of A and of B, in the dtype of products.
+_Copies = tuple[Tensor | None, Tensor | None]
 
 
 class LoraLinearFn(torch.autograd.Function):
@@ -41,16 +45,18 @@ class LoraLinearFn(torch.autograd.Function):
         scaling: float,
         dropout: float,
         dtype: torch.dtype,
+        copies: _Copies,
     ) -> Tensor:
         seed = _draw_seed() if dropout > 0 else None
         x_product = x.to(dtype)
-        down = _drop(x_product, dropout, seed) @ lora_A.to(dtype).T  # [tokens, r]
+        a, b = _in_dtype(lora_A, lora_B, copies, dtype)
+        down = _drop(x_product, dropout, seed) @ a.T  # [tokens, r]
         with dense(weight, dtype) as dense_weight:
             y = functional.linear(x_product, dense_weight, None if bias is None else bias.to(dtype))
-        y.addmm_(down, lora_B.to(dtype).T, alpha=scaling)
+        y.addmm_(down, b.T, alpha=scaling)
 
         ctx.save_for_backward(x, lora_A, lora_B, down)
-        ctx.weight, ctx.dtype = weight, dtype
+        ctx.weight, ctx.dtype, ctx.copies = weight, dtype, copies
         ctx.scaling, ctx.dropout, ctx.seed = scaling, dropout, seed
         return y.to(x.dtype)
 
@@ -63,7 +69,7 @@ class LoraLinearFn(torch.autograd.Function):
         x, lora_A, lora_B, down = ctx.saved_tensors  # noqa: N806
         dtype = ctx.dtype
         grad = grad.to(dtype)
-        a, b = lora_A.to(dtype), lora_B.to(dtype)
+        a, b = _in_dtype(lora_A, lora_B, ctx.copies, dtype)
         grad_down = (grad @ b).mul_(ctx.scaling)  # [tokens, r]
 
         d_a = d_b = dx = None
@@ -80,7 +86,18 @@ class LoraLinearFn(torch.autograd.Function):
                 # A dropped input got nothing through, so the same mask stops its gradient.
                 dx += _drop(grad_down @ a, ctx.dropout, ctx.seed)
             dx = dx.to(x.dtype)
-        return dx, d_a, d_b, None, None, None, None, None
+        return dx, d_a, d_b, None, None, None, None, None, None
+
+
+def _in_dtype(
+    lora_A: Tensor,  # noqa: N803
+    lora_B: Tensor,  # noqa: N803
+    copies: _Copies,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Give A and B in the dtype of products: their copies, or casts where there are none."""
+    of_a, of_b = copies
+    return lora_A.to(dtype) if of_a is None else of_a, lora_B.to(dtype) if of_b is None else of_b
 
 
 def _draw_seed() -> int:
@@ -110,6 +127,8 @@ class LoraLinear(nn.Module):
         alpha: scale of the update before division by r, or by its root.
         use_rslora: whether the division is by the root.
         enabled: False while the base model alone should answer (`lora_disabled`).
+        working_copies: of A and B, kept by an optimizer; products take them where they are in their
+            dtype and nobody else has written to A or B since.
 
     Source: LoRA, arXiv:2106.09685, section 4.1; dropout as in PEFT, on the input of A.
     """
@@ -132,6 +151,7 @@ class LoraLinear(nn.Module):
         self.use_rslora = use_rslora
         self.dropout = dropout
         self.enabled = True
+        self.working_copies: tuple[WorkingCopy, WorkingCopy] | None = None
 
     @property
     def scaling(self) -> float:
@@ -165,11 +185,11 @@ class LoraLinear(nn.Module):
             return self.base(x)
         base: Any = self.base
         if isinstance(base, NF4Linear):
-            weight, compute_dtype = base.nf4, base.compute_dtype
+            weight = base.nf4
         else:
             # GPT-2's linear layer keeps the transpose.
             weight = base.weight.detach().T if is_conv1d(base) else base.weight.detach()
-            compute_dtype = weight.dtype
+        dtype = self.product_dtype(x.device)
         y = LoraLinearFn.apply(
             x.reshape(-1, self.in_features),
             self.lora_A,
@@ -178,9 +198,22 @@ class LoraLinear(nn.Module):
             weight,
             self.scaling,
             self.dropout if self.training else 0.0,
-            product_dtype(compute_dtype, x.device),
+            dtype,
+            self._copies(dtype),
         )
         return y.view(*x.shape[:-1], self.out_features)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def product_dtype(self, device: torch.device) -> torch.dtype:
+        """Give the dtype that the layer multiplies in on a device."""
+        base: Any = self.base
+        compute_dtype = base.compute_dtype if isinstance(base, NF4Linear) else base.weight.dtype
+        return product_dtype(compute_dtype, device)
+
+    def _copies(self, dtype: torch.dtype) -> _Copies:
+        if self.working_copies is None:
+            return None, None
+        of_a, of_b = self.working_copies
+        return of_a.of(self.lora_A, dtype), of_b.of(self.lora_B, dtype)
 
     def extra_repr(self) -> str:
         """Say the adapter's size."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qlora_core.errors import ConfigError
 from qlora_core.ops.adamw.settings import BLOCK_SIZE, TILE
+from qlora_core.ops.working_copy import WorkingCopy
 from qlora_core.quant.checks import check_dtype, check_layout
 
 
@@ -24,11 +25,18 @@ class FlatTensors:
         params: the parameters, whose data are views of ``values`` from now on.
         values: float32 [n], n a multiple of 1024.
         gradients: float32 [n].
+        copies: float16 or bfloat16 [n], what ``values`` are rounded to, or None.
         places: where in the buffers each parameter lies.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], *, copy_dtype: torch.dtype | None = None
+    ) -> None:
         """Move the parameters; their numbers stay what they are.
+
+        Args:
+            params: float32, of one device.
+            copy_dtype: of ``copies``; None for none.
 
         Raises:
             ConfigError: there is none, or one is there twice.
@@ -49,8 +57,17 @@ class FlatTensors:
         self.values = torch.zeros(n, device=params[0].device)
         self.gradients = torch.zeros_like(self.values)
         for param, view in zip(params, self.views(self.values), strict=True):
-            view.copy_(param.detach())
+            before = param.detach().clone()
             param.data = view
+            # Through the parameter, so that copies which another buffer had of it know of this one.
+            param.detach().copy_(before)
+        self.copies = (
+            None if copy_dtype is None else torch.zeros_like(self.values, dtype=copy_dtype)
+        )
+        self._working: dict[int, WorkingCopy] = {}
+        if self.copies is not None:
+            views = zip(params, self.views(self.copies), strict=True)
+            self._working = {id(param): WorkingCopy(param, view) for param, view in views}
         self._gradient_views = self.views(self.gradients)
 
     def views(self, buffer: Tensor) -> list[Tensor]:
@@ -66,6 +83,16 @@ class FlatTensors:
             scales[place.start // BLOCK_SIZE : -(-place.stop // BLOCK_SIZE)]
             for place in self.places
         ]
+
+    def working_copy(self, param: nn.Parameter) -> WorkingCopy | None:
+        """Give a parameter's copy, None where there is none."""
+        return self._working.get(id(param))
+
+    def renew_copies(self) -> None:
+        """Write those copies anew whose parameters someone else has written to."""
+        for copy in self._working.values():
+            if not copy.current:
+                copy.renew()
 
     def zero_gradients(self) -> None:
         """Set all gradients to zero, and let the backward add to the buffer."""

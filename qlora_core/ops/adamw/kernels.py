@@ -24,6 +24,7 @@ def adamw_32_kernel(
     gradients,  # float32 [n]
     mean,  # in, out: float32 [n]
     square,  # in, out: float32 [n]
+    copies,  # out: float16 or bfloat16 [n], or None
     scalars,  # float32 [3]
     decay,
     beta1,
@@ -51,6 +52,8 @@ def adamw_32_kernel(
             eps,
         )
         tl.store(values + place, updated)
+        if copies is not None:
+            tl.store(copies + place, updated.to(copies.dtype.element_ty))
         tl.store(mean + place, first)
         tl.store(square + place, second)
 
@@ -69,6 +72,7 @@ def adamw_8_kernel(
     square_levels,  # float32 [256]
     square_thresholds,  # float32 [256]
     square_table,  # uint8 [2 * HALVES]
+    copies,  # out: float16 or bfloat16 [n], or None
     scalars,  # float32 [3]
     decay,
     beta1,
@@ -101,6 +105,8 @@ def adamw_8_kernel(
             eps,
         )
         tl.store(values + place, updated)
+        if copies is not None:
+            tl.store(copies + place, updated.to(copies.dtype.element_ty))
 
         largest = tl.max(tl.abs(first), axis=1)
         tl.store(mean_absmax + block, largest)

@@ -23,8 +23,12 @@ def launch_adamw(
     moments: Moments32 | Moments8,
     scalars: Tensor,
     settings: AdamWSettings,
+    copies: Tensor | None = None,
 ) -> None:
-    """Do what `reference.adamw_step` does in one launch; its arguments, contiguous and of whole tiles."""
+    """Do what `reference.adamw_step` does in one launch; its arguments, contiguous and of whole tiles.
+
+    ``copies``, float16 or bfloat16 [n], become what the values are rounded to.
+    """
     from qlora_core.ops.adamw import kernels
 
     grid = (values.numel() // TILE,)
@@ -43,6 +47,7 @@ def launch_adamw(
                 gradients,
                 moments.mean,
                 moments.square,
+                copies,
                 scalars,
                 *numbers,
                 TILE=TILE,
@@ -58,6 +63,7 @@ def launch_adamw(
             moments.square_absmax,
             *_tables(values, signed=True),
             *_tables(values, signed=False),
+            copies,
             scalars,
             *numbers,
             TILE=TILE,

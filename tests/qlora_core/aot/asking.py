@@ -52,9 +52,10 @@ def launches() -> Iterator[Callable[[], object]]:
         for nested in (False, True):
             yield partial(_dequantize, dtype, block_size, nested=nested)
     yield partial(launch_quantize_absmax, torch.zeros(300))
-    for moments in (_moments_32(), _moments_8()):
+    for moments, dtype in product((_moments_32(), _moments_8()), (None, *_DTYPES[:2])):
         buffers = [torch.zeros(TILE), torch.zeros(TILE)]
-        yield partial(launch_adamw, *buffers, moments, torch.zeros(3), AdamWSettings(1e-3))
+        copies = None if dtype is None else torch.zeros(TILE, dtype=dtype)
+        yield partial(launch_adamw, *buffers, moments, torch.zeros(3), AdamWSettings(1e-3), copies)
     # Slices begin anywhere.
     values = torch.zeros(5000, dtype=torch.bfloat16)[1:]
     yield partial(launch_quantize, values, block_size=64)

@@ -25,6 +25,8 @@ from qlora_core.quant.launches import (
 from qlora_core.quant.nf4 import kernels as nf4
 
 FLOATS = ("bf16", "fp16", "fp32")
+# In which AdamW's step keeps a copy of what it trains.
+COPIES = (None, "bf16", "fp16")
 # In which the GPU bench times candidates.
 BENCHED = (64, 128, 4096)
 
@@ -205,7 +207,10 @@ def quantize_absmax() -> Iterator[Entry]:
 def adamw_32() -> Iterator[Entry]:
     """A step with moments in 32 bits."""
     moments = {"mean": "*fp32", "square": "*fp32"}
-    yield _adamw("adamw_32", adamw.adamw_32_kernel, moments, ADAMW_32, most_per_element=75)
+    for copy in COPIES:
+        yield _adamw(
+            "adamw_32", adamw.adamw_32_kernel, moments, copy, ADAMW_32, most_per_element=75
+        )
 
 
 def adamw_8() -> Iterator[Entry]:
@@ -222,21 +227,31 @@ def adamw_8() -> Iterator[Entry]:
         "square_thresholds": "*fp32",
         "square_table": "*u8",
     }
-    yield _adamw("adamw_8", adamw.adamw_8_kernel, moments, ADAMW_8, most_per_element=165)
+    for copy in COPIES:
+        yield _adamw("adamw_8", adamw.adamw_8_kernel, moments, copy, ADAMW_8, most_per_element=165)
 
 
 def _adamw(
-    label: str, kernel: Any, moments: dict[str, str], launch: Launch, *, most_per_element: float
+    label: str,
+    kernel: Any,
+    moments: dict[str, str],
+    copy: str | None,
+    launch: Launch,
+    *,
+    most_per_element: float,
 ) -> Entry:
+    """With a working copy of the values in ``copy``'s type, or without one."""
+    copies = {} if copy is None else {"copies": f"*{copy}"}
     numbers = ("decay", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "eps")
     return Entry(
-        label=label,
+        label=label if copy is None else f"{label} with a copy in {copy}",
         kernel=kernel,
         types={"values": "*fp32", "gradients": "*fp32"}
         | moments
+        | copies
         | {"scalars": "*fp32"}
         | dict.fromkeys(numbers, "fp32"),
-        constants={"TILE": launch.tile},
+        constants={"TILE": launch.tile} | ({"copies": None} if copy is None else {}),
         launch=launch,
         # An exact root and exact quotients are made of them.
         fused=None,

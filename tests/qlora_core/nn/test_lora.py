@@ -2,14 +2,18 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from qlora_core import NF4Linear, quantize_nf4
 from qlora_core.nn import LoraLinear
+from qlora_core.nn.lora import LoraLinearFn
+from qlora_core.ops.working_copy import WorkingCopy
 
 SHAPES = [(24, 40, 4), (7, 13, 3), (1, 1, 1), (65, 3, 8)]
 
@@ -218,6 +222,84 @@ def test_sixteen_bit_inputs_give_sixteen_bit_outputs_and_float32_gradients(
     assert adapter.lora_A.grad is not None
     assert adapter.lora_A.grad.dtype == torch.float32
     torch.testing.assert_close(y, adapter(x.to(dtype).float()).to(dtype))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_working_copies_change_no_bit_of_output_or_gradients(
+    dtype: torch.dtype, dropout: float
+) -> None:
+    found: list[list[Tensor]] = []
+
+    for with_copies in (False, True):
+        adapter, weight, _ = lora(24, 40, 4)
+        copies = (None, None)
+        if with_copies:
+            masters = (adapter.lora_A, adapter.lora_B)
+            copies = tuple(WorkingCopy(each, torch.empty_like(each, dtype=dtype)).values for each in masters)  # fmt: skip
+        x = inputs(5, 40)
+        torch.manual_seed(3)
+        y: Tensor = LoraLinearFn.apply(
+            x, adapter.lora_A, adapter.lora_B, None, weight, 1.5, dropout, dtype, copies
+        )  # pyright: ignore[reportAssignmentType]
+        y.backward(inputs(5, 24).detach())
+        found.append([y, *(each.grad for each in (x, adapter.lora_A, adapter.lora_B) if each.grad is not None)])  # fmt: skip
+
+    assert len(found[0]) == 4
+    assert all(map(torch.equal, *found))
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often tensors of a shape are cast."""
+
+    def __init__(self, *shapes: torch.Size) -> None:
+        super().__init__()
+        self.shapes, self.n = shapes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func is torch.ops.aten._to_copy.default and args[0].shape in self.shapes
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("recompute", "casts"), [(False, 4), (True, 6)])
+def test_with_working_copies_neither_a_nor_b_is_cast_in_a_step(recompute: bool, casts: int) -> None:
+    # Of tensors without numbers, as on a GPU: on a CPU products are in float32, and nothing is cast.
+    base = nn.Linear(40, 24, bias=False, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    weights = torch.empty(4, 40, device="meta"), torch.empty(24, 4, device="meta")
+    adapter = LoraLinear(base, *weights, alpha=4, dropout=0.0)
+    masters = (adapter.lora_A, adapter.lora_B)
+    counted: list[int] = []
+
+    for with_copies in (False, True):
+        if with_copies:
+            of_a, of_b = (WorkingCopy(each, torch.empty_like(each, dtype=torch.bfloat16)) for each in masters)  # fmt: skip
+            adapter.working_copies = of_a, of_b
+        x = torch.empty(5, 40, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        with Casts(*(each.shape for each in masters)) as mode:
+            y = checkpoint(adapter, x, use_reentrant=False) if recompute else adapter(x)
+            assert isinstance(y, Tensor)
+            y.sum().backward()
+        counted.append(mode.n)
+
+    # What is left are the two gradients, on their way to float32.
+    assert counted == [casts + 2, 2]
+
+
+@torch.no_grad()
+def test_an_adapter_that_someone_writes_to_answers_with_what_was_written() -> None:
+    adapter, _, _ = lora(24, 40, 4)
+    x = inputs(5, 40).detach()
+    of_a, of_b = (WorkingCopy(each, each.detach().clone()) for each in (adapter.lora_A, adapter.lora_B))  # fmt: skip
+    adapter.working_copies = of_a, of_b
+    before = adapter(x)
+
+    adapter.lora_B.copy_(-adapter.lora_B)
+    written = adapter(x)
+
+    other, _, _ = lora(24, 40, 4)
+    other.lora_B.copy_(-other.lora_B)
+    assert torch.equal(written, other(x))
+    assert not torch.equal(written, before)
 
 
 def test_the_base_alone_answers_while_disabled() -> None:

@@ -261,6 +261,50 @@ def test_the_kernel_equals_the_reference(
     assert torch.isfinite(actual).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [32, 8])
+def test_the_kernel_writes_copies_that_are_the_values_rounded_to_nearest_even(
+    bits: int, dtype: torch.dtype, kernel_device: str
+) -> None:
+    values = drawn(2048, 99).to(kernel_device)
+    # Halfway between two numbers of bfloat16 and of float16, with an even and with an odd one below.
+    values[:4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, -1 - 3 * 2**-11])
+    gradient = drawn(2048, 1).to(kernel_device)
+    gradient[:4] = 0
+    copies = torch.full((2048,), torch.nan, dtype=dtype, device=kernel_device)
+    without, moments = values.clone(), zeros(2048, bits=bits, device=kernel_device)
+    others, steps = copied(moments), torch.zeros(1, device=kernel_device)
+    settings = AdamWSettings(1e-2)
+    scalars = begin_step(steps, torch.linalg.vector_norm(gradient), settings)
+
+    launch_adamw(values, gradient, moments, scalars, settings, copies)
+
+    launch_adamw(without, gradient, others, scalars, settings)
+    assert torch.equal(copies, values.to(dtype))
+    assert torch.equal(values, without)
+    assert equal(moments, others)
+    even = [1.0, 1 + 2**-6, 1.0, -1.0] if dtype == torch.bfloat16 else [1 + 2**-8, 1 + 3 * 2**-8, 1.0, -1 - 2**-9]  # fmt: skip
+    assert copies[:4].tolist() == even
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_step_leaves_copies_that_are_the_values_rounded_and_alone_where_nothing_changes(
+    bits: int, kernel_device: str
+) -> None:
+    values, moments = drawn(3072, 1).to(kernel_device), zeros(3072, bits=bits, device=kernel_device)
+    steps = torch.zeros(1, device=kernel_device)
+    copies = torch.full((3072,), torch.nan, dtype=torch.bfloat16, device=kernel_device)
+    gradient = drawn(3072, 2).to(kernel_device)
+
+    ops.adamw_step(values, gradient, moments, steps, AdamWSettings(1e-2), copies=copies)
+
+    assert torch.equal(copies, values.bfloat16())
+    gradient[7] = torch.nan
+    copies.fill_(3.0)
+    ops.adamw_step(values, gradient, moments, steps, AdamWSettings(1e-2), copies=copies)
+    assert (copies == 3.0).all()
+
+
 def test_the_kernel_finds_the_codes_of_numbers_on_and_beside_all_thresholds(
     kernel_device: str,
 ) -> None:
@@ -431,6 +475,9 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], told: str
         ({"gradients": torch.zeros(2048)[::2]}, LayoutError, "gradients must be contiguous"),
         ({"moments": zeros(2048, bits=8)}, ShapeError, "mean"),
         ({"steps": torch.zeros(0)}, ShapeError, "steps"),
+        ({"copies": torch.zeros(1024)}, DtypeError, "copies must be float16 or bfloat16"),
+        ({"copies": torch.zeros(2048).half()}, ShapeError, "copies must be"),
+        ({"copies": torch.zeros(2048).half()[::2]}, LayoutError, "copies must be contiguous"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
