@@ -1,24 +1,25 @@
 """AdamW whose step is one update over one buffer, with moments in 32 or 8 bits.
 
 To the rest of the engine it is a `torch.optim.Optimizer` like any other: ``state_dict()["state"]`` has
-each parameter's moments by name, as views of the buffers.
+each parameter's moments by name, as views of the buffers; paged ones are on the host.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qlora_core.errors import ConfigError, ResumePointError
-from qlora_core.ops.adamw.moments import Moments8, Moments32
-from qlora_core.ops.adamw.ops import adamw_step
-from qlora_core.ops.adamw.settings import BLOCK_SIZE, AdamWSettings
+from qlora_core.ops.adamw.moments import Moments8
+from qlora_core.ops.adamw.ops import adamw_step_in_pieces
+from qlora_core.ops.adamw.settings import AdamWSettings
 from qlora_core.optim.flat_tensors import FlatTensors
-from qlora_core.optim.state_memory import allocate_state
+from qlora_core.optim.state_memory import Bits, PlainMemory, StateMemory
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -36,12 +37,13 @@ class FlatAdamW(torch.optim.Optimizer):
         self,
         params: Sequence[nn.Parameter],
         *,
-        bits: Literal[8, 32],
+        bits: Bits,
         learning_rate: float,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_grad_norm: float = math.inf,
+        open_memory: Callable[[int, Bits, torch.device], StateMemory] = PlainMemory,
     ) -> None:
         """Move the parameters into a buffer.
 
@@ -53,6 +55,7 @@ class FlatAdamW(torch.optim.Optimizer):
             betas: decay of the two moments.
             eps: added to the root of the second moment.
             max_grad_norm: longer gradients are scaled down to it, on the way.
+            open_memory: given the buffer's elements, ``bits`` and device, takes memory for the moments.
 
         Raises:
             ConfigError: a setting is out of range, or there are no parameters.
@@ -71,26 +74,38 @@ class FlatAdamW(torch.optim.Optimizer):
         n, device = self._flat.values.numel(), self._flat.values.device
         self._steps = torch.zeros(len(self._flat.params), device=device)
         self.grad_norm = torch.zeros((), device=device)
-        dtype = torch.uint8 if bits == 8 else torch.float32
-        moments = [allocate_state(n, dtype=dtype, device=device) for _ in range(2)]
+        self._memory = open_memory(n, bits, device)
+        home = self._memory.home
         kinds = {
             "step": list(self._steps),
-            "exp_avg": self._flat.views(moments[0]),
-            "exp_avg_sq": self._flat.views(moments[1]),
+            "exp_avg": self._flat.views(home.mean),
+            "exp_avg_sq": self._flat.views(home.square),
         }
-        if bits == 8:
-            scales = [
-                allocate_state(n // BLOCK_SIZE, dtype=torch.float32, device=device)
-                for _ in range(2)
-            ]
-            kinds["exp_avg_absmax"] = self._flat.block_views(scales[0])
-            kinds["exp_avg_sq_absmax"] = self._flat.block_views(scales[1])
-            self._moments = Moments8(*moments, *scales)
-        else:
-            self._moments = Moments32(*moments)
+        if isinstance(home, Moments8):
+            kinds["exp_avg_absmax"] = self._flat.block_views(home.mean_absmax)
+            kinds["exp_avg_sq_absmax"] = self._flat.block_views(home.square_absmax)
         for index, param in enumerate(self._flat.params):
             self.state[param] = {name: views[index] for name, views in kinds.items()}
         self._flat.zero_gradients()
+
+    @property
+    def paged(self) -> bool:
+        """Whether the moments leave the device between steps."""
+        return not isinstance(self._memory, PlainMemory)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of moments on the device, as far as is known; those of paged ones are 0 between steps."""
+        return self._memory.resident_bytes
+
+    @property
+    def notice(self) -> str | None:
+        """A sentence on why the moments are in another kind of memory than they should be."""
+        return self._memory.notice
+
+    def prefetch(self) -> None:
+        """Begin to bring paged moments to the device, after what it was told so far; a step does it, too."""
+        self._memory.prefetch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Take the one group there is.
@@ -142,14 +157,21 @@ class FlatAdamW(torch.optim.Optimizer):
             divisor,
         )
         self._flat.gather_gradients()
-        self.grad_norm = adamw_step(
-            self._flat.values, self._flat.gradients, self._moments, self._steps, settings, loss=loss
-        )
+        with closing(self._memory.visit()) as pieces:
+            self.grad_norm = adamw_step_in_pieces(
+                self._flat.values, self._flat.gradients, pieces, self._steps, settings, loss=loss
+            )
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - torch's signature
         """Set all gradients to zero in one go; they stay where they are, whatever ``set_to_none``."""
+        self._memory.page_out()  # brought for a step that was not taken
         self._flat.zero_gradients()
+
+    def state_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Give what torch's gives; paged moments are given on the host, and have been waited for."""
+        self._memory.settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Copy moments, counts and settings from what `state_dict` gave; an empty state is the beginning.
@@ -157,6 +179,7 @@ class FlatAdamW(torch.optim.Optimizer):
         Raises:
             ResumePointError: they are of another optimizer or of other parameters; nothing was changed.
         """
+        self._memory.settle()
         saved: dict[int, dict[str, Tensor]] = state_dict["state"]
         own = [self.state[param] for param in self._flat.params]
         if saved:

@@ -1,4 +1,8 @@
-"""Builds an optimizer by its name: all of them AdamW over one buffer, with moments of some width."""
+"""Builds an optimizer by its name: all of them AdamW over one buffer, with moments of some width.
+
+A paged one keeps its moments on the host and has them on the GPU for the step only; on a CPU it is the
+same as the other.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from torch import nn
 
 from qlora_core.errors import ConfigError
 from qlora_core.optim.flat_adamw import FlatAdamW
+from qlora_core.optim.paged_memory import open_paged_memory
+from qlora_core.optim.state_memory import PlainMemory
 
-OPTIMIZERS = ("adamw", "adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
 
 def build_optimizer(
@@ -27,7 +33,7 @@ def build_optimizer(
 
     Args:
         name: one of ``OPTIMIZERS``; "adamw" keeps two float32 moments per element, "adamw_8bit"
-            two of 8 bits.
+            two of 8 bits, and those whose names begin with "paged" keep them on the host.
         params: the tensors to train, float32, of one device.
         learning_rate: until the schedule sets another.
         weight_decay: decoupled, per step and unit of learning rate.
@@ -44,10 +50,11 @@ def build_optimizer(
         raise ConfigError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
     return FlatAdamW(
         list(params),
-        bits=8 if name == "adamw_8bit" else 32,
+        bits=8 if name.endswith("8bit") else 32,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
         betas=betas,
         eps=eps,
         max_grad_norm=max_grad_norm,
+        open_memory=open_paged_memory if name.startswith("paged") else PlainMemory,
     )

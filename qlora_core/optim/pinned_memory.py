@@ -9,7 +9,7 @@ the most.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields
 
 import torch
@@ -87,7 +87,7 @@ class PinnedMemory:
             self._rooms.append(room)
             self._arrivals.append(self._bring(place, room))
 
-    def visit(self) -> Iterator[tuple[slice, Moments]]:
+    def visit(self) -> Generator[tuple[slice, Moments]]:
         """Give piece after piece, copying the others meanwhile."""
         self.prefetch()
         to_come = iter(self._places[_ROOMS:])

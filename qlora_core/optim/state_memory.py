@@ -6,7 +6,7 @@ step goes through them piece by piece; what it changes is at home again when `se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Literal, Protocol
 
 import torch
@@ -44,10 +44,11 @@ class StateMemory(Protocol):
         """Begin to bring them to the device, after the work that is queued there now, and return at once."""
         ...
 
-    def visit(self) -> Iterator[tuple[slice, Moments]]:
+    def visit(self) -> Generator[tuple[slice, Moments]]:
         """Give which elements, whole tiles, and their moments on the device, ready for its current stream.
 
-        Each piece goes home as soon as the next one is asked for, the last at the end.
+        Each piece goes home as soon as the next one is asked for, the last at the end. Where a step ends
+        halfway it has to be closed.
         """
         ...
 
@@ -75,7 +76,7 @@ class PlainMemory:
     def prefetch(self) -> None:
         """Nothing."""
 
-    def visit(self) -> Iterator[tuple[slice, Moments]]:
+    def visit(self) -> Generator[tuple[slice, Moments]]:
         """Give everything."""
         yield slice(0, self._n), self.home
 
@@ -111,8 +112,3 @@ def part_of(moments: Moments, place: slice) -> Moments:
         moments.mean_absmax[blocks],
         moments.square_absmax[blocks],
     )
-
-
-def allocate_state(n: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Give n zeros that live as long as the optimizer; every moment of every optimizer comes from here."""
-    return torch.zeros(n, dtype=dtype, device=device)

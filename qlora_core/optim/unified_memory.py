@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -70,7 +70,7 @@ class UnifiedMemory:
             self._move(self._index)
             self._resident = True
 
-    def visit(self) -> Iterator[tuple[slice, Moments]]:
+    def visit(self) -> Generator[tuple[slice, Moments]]:
         """Give everything at once."""
         self.prefetch()
         self._stream.mark()()

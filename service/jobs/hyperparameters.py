@@ -31,7 +31,7 @@ ALIASES = {
 
 Auto = Literal["auto"]
 SCHEDULERS = ("linear", "cosine", "constant")
-OPTIMIZERS = ("adamw", "adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 
 
 class Hyperparameters(BaseModel):
@@ -153,7 +153,7 @@ class Hyperparameters(BaseModel):
     optimizer: Annotated[str | None, BeforeValidator(choice(*OPTIMIZERS)), words(*OPTIMIZERS)] = (
         None
     )
-    """What takes the steps: AdamW with moments in 32 bits or, in a quarter of the memory, in 8."""
+    """What takes the steps: AdamW with moments in 32 bits or, in a quarter of the memory, in 8; paged ones are on the GPU for the step only."""
 
     @model_validator(mode="before")
     @classmethod

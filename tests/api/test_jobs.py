@@ -234,7 +234,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (
         {"hyperparameters": {"optimizer": "sgd"}},
         "hyperparameters.optimizer",
-        '"auto" or "adamw" or "adamw_8bit"',
+        '"auto" or "adamw" or "adamw_8bit" or "paged_adamw" or "paged_adamw_8bit"',
     ),
     (
         {"hyperparameters": {"context_length": 10, "max_seq_length": 20}},

@@ -219,7 +219,9 @@ requests = st.fixed_dictionaries(
         "weight_decay": _auto(st.floats(0, 1)),
         "max_grad_norm": _auto(st.floats(0.001, 1_000)),
         "context_length": _auto(st.integers(16, 1_048_576)),
-        "optimizer": _auto(st.sampled_from(["adamw", "adamw_8bit"])),
+        "optimizer": _auto(
+            st.sampled_from(["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+        ),
     },
 )
 
