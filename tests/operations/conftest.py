@@ -7,12 +7,26 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
+
+T = TypeVar("T")
+
+
+def of_each(processes: list[psutil.Process], ask: Callable[[psutil.Process], T]) -> list[T]:
+    """Ask processes something; those that have ended meanwhile say nothing."""
+    told: list[T] = []
+    for process in processes:
+        with suppress(psutil.Error):
+            told.append(ask(process))
+    return told
 
 
 class Launcher:
@@ -63,7 +77,7 @@ class Launcher:
 
     def get(self, path: str) -> dict[str, object]:
         """The JSON of a GET without a key."""
-        with urllib.request.urlopen(self.url() + path, timeout=20) as answer:  # noqa: S310
+        with urllib.request.urlopen(self.url() + path, timeout=60) as answer:  # noqa: S310
             return json.load(answer)
 
     def family(self) -> list[psutil.Process]:
@@ -72,12 +86,18 @@ class Launcher:
         return [me, *me.children(recursive=True)]
 
     def child(self, word: str) -> psutil.Process:
-        """The one child whose command line has `word`."""
+        """The one child whose command line has `word`; one that is being started again is waited for."""
         me = psutil.Process(self.process.pid)
-        (found,) = [child for child in me.children() if word in " ".join(child.cmdline())]
-        return found
+        deadline = time.monotonic() + 90
+        while True:
+            words = of_each(me.children(), lambda child: (child, " ".join(child.cmdline())))
+            found = [child for child, command in words if word in command]
+            if len(found) == 1:
+                return found[0]
+            assert time.monotonic() < deadline, words
+            time.sleep(0.05)
 
-    def end(self, how: signal.Signals = signal.SIGTERM, *, timeout_s: float = 60) -> int:
+    def end(self, how: signal.Signals = signal.SIGTERM, *, timeout_s: float = 90) -> int:
         """Send a signal, and return the exit status."""
         self.process.send_signal(how)
         status = self.process.wait(timeout_s)

@@ -32,14 +32,14 @@ def test_api_and_worker_are_well_until_they_are_gone_and_go_with_their_launcher(
     assert database_url
 
     api = _health("api", NIBBLE_PORT=port)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while (worker := _health("worker", NIBBLE_DATABASE_URL=database_url)).returncode != 0:
         assert time.monotonic() < deadline, worker.stdout
 
     assert (api.returncode, api.stdout) == (0, "ok\n")
     family = launcher.family()
     launcher.process.kill()
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == [], "the worker and its children too"
     gone = _health("api", NIBBLE_PORT=port)
     assert gone.returncode == 1

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.operations.conftest import Launcher
+from tests.operations.conftest import Launcher, of_each
 
 Launch = Callable[..., Launcher]
 
@@ -35,11 +35,11 @@ def test_it_serves_with_the_key_it_names_and_stops_everything_when_told(
     assert "tiny-llama" in models
     assert key_file.stat().st_mode & 0o777 == 0o600
     assert launcher.wait_for(r"documentation +(\S+)$")[1] == f"{url}/docs"
-    names = {process.name() for process in family}
-    assert {"postgres", "valkey-server"} <= names
+    names = of_each(family, psutil.Process.name)
+    assert {"postgres", "valkey-server"} <= set(names)
     assert launcher.end(signal.SIGTERM) == 0
     assert launcher.lines[-2:] == ["Stopping …", "Stopped."]
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
     pg_log = (tmp_path / "data" / "logs" / "postgres.log").read_text()
     assert pg_log.rstrip().endswith("database system is shut down"), "cleanly, by itself"
@@ -65,7 +65,7 @@ def test_a_second_one_on_the_same_folder_refuses_and_names_the_first(launch: Lau
 
     told = second.wait_for("already runs")
     assert f"(process {first.process.pid}, {url})" in told.string
-    assert second.process.wait(30) == 1
+    assert second.process.wait(90) == 1
     assert first.get("/readyz")["status"] == "ready"
 
 
@@ -76,7 +76,7 @@ def test_nothing_outlives_it_when_it_is_killed_and_a_new_one_takes_over(launch: 
 
     killed.process.kill()
 
-    _, alive = psutil.wait_procs(family, timeout=15)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
     again = launch()
     assert again.get("/readyz")["status"] == "ready"
@@ -96,7 +96,7 @@ def test_what_crashes_is_started_again_and_it_says_so(launch: Launch, tmp_path: 
         launcher.wait_for(rf"{name} ended \(killed by SIGKILL\); its log is /.+\.log")
         launcher.wait_for(f"{name} runs again")
 
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
         try:
             if launcher.get("/readyz")["status"] == "ready":
@@ -113,7 +113,7 @@ def test_a_taken_port_is_said_before_anything_starts(launch: Launch, tmp_path: P
 
         launcher = launch("--port", str(port))
 
-        assert launcher.process.wait(30) == 1
+        assert launcher.process.wait(90) == 1
     told = launcher.wait_for("Error: ").string
     assert f"cannot listen on 127.0.0.1 port {port}" in told
     assert "--port" in told
@@ -128,7 +128,8 @@ def test_it_can_be_stopped_while_it_starts(launch: Launch, tmp_path: Path) -> No
     status = launcher.end(signal.SIGINT)
 
     assert status == 0
-    assert launcher.lines == ["Stopped."]
+    assert launcher.lines[-1:] == ["Stopped."]
+    assert "Traceback" not in "\n".join(launcher.lines)
     again = launch()  # whatever was half made is mended
     assert again.get("/readyz")["status"] == "ready"
 
@@ -141,9 +142,9 @@ def test_given_servers_are_used_and_their_passwords_stay_out_of_sight(
     launcher.url()
 
     family = launcher.family()
-    commands = [" ".join(process.cmdline()) for process in family]
+    commands = [" ".join(words) for words in of_each(family, psutil.Process.cmdline)]
 
-    assert not any("postgres" in process.name() for process in family)
+    assert not any("postgres" in name for name in of_each(family, psutil.Process.name))
     assert not (tmp_path / "data" / "postgres").exists()
     assert not any("swordfish" in command for command in commands)
     key = (tmp_path / "data" / "first-api-key").read_text().strip()
@@ -165,7 +166,7 @@ def test_given_servers_are_used_and_their_passwords_stay_out_of_sight(
 def test_what_is_wrong_is_said_in_words(launch: Launch, env: dict[str, str], expected: str) -> None:
     launcher = launch(**env)
 
-    assert launcher.process.wait(60) == 1
+    assert launcher.process.wait(90) == 1
 
     launcher.wait_for("Error: ")
     told = "\n".join(launcher.lines)
@@ -176,5 +177,5 @@ def test_what_is_wrong_is_said_in_words(launch: Launch, env: dict[str, str], exp
 def test_a_folder_that_cannot_be_made_is_said_in_words(launch: Launch) -> None:
     launcher = launch("--data-dir", "/dev/null/nibble")
 
-    assert launcher.process.wait(30) == 1
+    assert launcher.process.wait(90) == 1
     launcher.wait_for("Error: Not a directory: /dev/null/nibble")

@@ -54,7 +54,7 @@ class Demo:
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.end(timeout_s=30)
+        self.end(timeout_s=60)
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -103,18 +103,18 @@ def test_ctrl_c_stops_every_process_and_a_next_demo_does_not_train_the_old_job(
     family = psutil.Process(demo.process.pid).children(recursive=True)
 
     demo.process.send_signal(signal.SIGINT)
-    status = demo.end(timeout_s=60)
+    status = demo.end(timeout_s=90)
 
     assert status == 130
     assert demo.output.endswith("Stopped; nothing is left running.\n")
     assert "Traceback" not in demo.output
-    _, alive = psutil.wait_procs(family, timeout=5)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
     again = Demo(*arguments)
     demos.append(again)
     again.wait_for(f"Cancelled {old_job} of an earlier demo.", timeout_s=120)
     again.process.send_signal(signal.SIGTERM)
-    assert again.end(timeout_s=60) == 143
+    assert again.end(timeout_s=90) == 143
 
 
 @pytest.mark.slow

@@ -164,7 +164,7 @@ def test_it_ends_when_its_launcher_is_killed(data_dir: Path) -> None:
         family = [server, *server.children(recursive=True)]
         launcher.send_signal(signal.SIGKILL)
 
-    _, alive = psutil.wait_procs(family, timeout=10)
+    _, alive = psutil.wait_procs(family, timeout=60)
 
     assert alive == []
     postgres.start(data_dir).stop()  # and the folder is free

@@ -52,7 +52,7 @@ def test_celery_speaks_to_it_by_its_url(redis_url: str) -> None:
         assert isinstance(connection, Connection)
         queue = connection.SimpleQueue("bell")
         queue.put({"ring": 1})
-        message = queue.get(timeout=5)
+        message = queue.get(timeout=60)
         message.ack()
         queue.close()
 
@@ -92,7 +92,7 @@ def test_it_ends_when_its_launcher_is_killed(tmp_path: Path) -> None:
         server = psutil.Process(int(launcher.stdout.readline()))
         launcher.send_signal(signal.SIGKILL)
 
-    _, alive = psutil.wait_procs([server], timeout=10)
+    _, alive = psutil.wait_procs([server], timeout=60)
 
     assert alive == []
     valkey.start(tmp_path).stop()
