@@ -71,7 +71,10 @@ def test_a_stale_pid_file_with_the_number_of_a_living_process_does_not_stop_it(
     assert not pid_file.exists()
 
 
-def test_a_second_start_on_the_same_folder_is_refused_in_one_sentence(data_dir: Path) -> None:
+def test_a_second_start_on_the_same_folder_is_refused_in_one_sentence(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres, "_ORPHANS_LEAVE_S", 0.5)  # this server will not leave
     server = postgres.start(data_dir)
     try:
         with pytest.raises(DataFolderBusy) as refused:
