@@ -57,7 +57,7 @@ def _no_process_left_behind() -> Iterator[None]:
     """Fail the session's last test when a process that any test started still lives."""
     yield
     left = _marked_processes()
-    _, alive = psutil.wait_procs(left, timeout=20)
+    _, alive = psutil.wait_procs(left, timeout=60)
     told = [_describe(process) for process in alive]
     for process in alive:
         process.kill()

@@ -264,7 +264,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_in_the_same_adapter_to_the_bit(
 ) -> None:
     file = write_run(train=LONG, lora=RANDOM, data='validation = "valid.jsonl"')
     with started(file) as program:
-        wait_for_step(program, tmp_path / "out", 5)
+        wait_for_step(program, tmp_path / "out", 2)
         program.kill()
         program.wait(timeout=60)
     assert not (tmp_path / "out" / "adapter").exists()

@@ -53,7 +53,7 @@ def test_as_many_threads_as_torch_is_told_are_at_work_at_once_each_with_one_of_i
 
     def work(parts: Iterator[int]) -> None:
         for _ in parts:
-            together.wait(timeout=20)
+            together.wait(timeout=60)
             numbers.append(torch.get_num_threads())
 
     share([1, 2, 3], work)
