@@ -23,7 +23,15 @@ from qlora_core.estimate.operations import (
 )
 from qlora_core.estimate.products import Products, adapted, frozen
 from qlora_core.estimate.rows import Rows
-from qlora_core.estimate.tape import Arrived, Gradients, Memory, Node, Tape, Value
+from qlora_core.estimate.tape import (
+    SMALLEST_ON_HOST,
+    Arrived,
+    Gradients,
+    Memory,
+    Node,
+    Tape,
+    Value,
+)
 
 
 @dataclass(frozen=True)
@@ -122,16 +130,18 @@ class Decoder:
         def backward(grad: Arrived) -> Gradients:
             again = Tape(ledger)
             outside = Node((), (), lambda _: ()) if needs else None
-            given = Value(kept[0], elements, itemsize, outside)
+            memory = again.memory(elements * itemsize) if is_away else kept[-1]
+            given = Value(memory, elements, itemsize, outside)
+            del memory
             last = self._layer(again, index, layer, given, turns).node
             del given
             return [None if last is None else again.run_backward(last, grad, outside)]
 
-        kept = [hidden.memory, *turns, *masks]
-        # Torch keeps what the layer was given also where nothing in it needs a gradient.
-        return tape.record(
-            found.memory, elements, itemsize, [hidden], backward, saved=kept, trains=True
-        )
+        # Torch keeps what the layer was given also where nothing in it needs a gradient; of that its input alone goes to
+        # the host.
+        is_away = tape.on_host and hidden.nbytes >= SMALLEST_ON_HOST
+        kept = [*turns, *masks] if is_away else [*turns, *masks, hidden.memory]
+        return tape.record(found.memory, elements, itemsize, [hidden], backward, trains=True)
 
     def _layer(
         self, tape: Tape, index: int, layer: Layer, hidden: Value, turns: tuple[Memory, Memory]

@@ -40,6 +40,7 @@ def estimate(
     trained_share: float = 1.0,
     block_size: int = 64,
     double_quant: bool = True,
+    inputs_on_host: bool = False,
 ) -> Estimate:
     """Calculate memory and time of a run; nothing is loaded, and torch is not needed.
 
@@ -56,6 +57,8 @@ def estimate(
         trained_share: of all tokens, how many carry loss.
         block_size: elements per scale of a quantized weight.
         double_quant: whether the scales are 8-bit codes.
+        inputs_on_host: whether what is kept for the backward pass is in the host's memory until then, as in a run that
+            ran out of memory.
 
     Returns:
         The estimate. Memory is that of tensors in a step after the first.
@@ -89,6 +92,7 @@ def estimate(
         dropout=settings.lora.dropout > 0,
         product_bytes=product_bytes,
         on_gpu=device == "cuda",
+        inputs_on_host=inputs_on_host,
     )
     step_time = estimate_time(
         model,

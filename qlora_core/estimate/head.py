@@ -58,7 +58,7 @@ def _trained_of_head(decoder: Decoder) -> list[int]:
 
 
 def _one_chunk(decoder: Decoder, tape: Tape, tokens: int) -> None:
-    chunk_tape = Tape(tape.ledger)
+    chunk_tape = Tape(tape.ledger, on_host=tape.on_host)
     elements = tokens * decoder.model.hidden
     start = Node((), (), lambda _: ())
     chunk = Value(tape.memory(0), elements, decoder.itemsize, start)

@@ -66,6 +66,7 @@ def estimate_memory(
     dropout: bool,
     product_bytes: int,
     on_gpu: bool,
+    inputs_on_host: bool,
 ) -> MemoryEstimate:
     """Go through the pass of a step that takes most, and add what is there beside it.
 
@@ -80,11 +81,12 @@ def estimate_memory(
         dropout: whether the adapters drop some of their inputs.
         product_bytes: of a number that matrices are multiplied in.
         on_gpu: whether the dense weight of a product is new memory each time.
+        inputs_on_host: whether what is kept for the backward pass is in the host's memory until then.
     """
     ledger = Ledger()
     products = Products(product_bytes, makes_dense=on_gpu, dropout=dropout)
     decoder = Decoder(model, adapter, products, rows, storage.dense_bytes, checkpointing, on_gpu)
-    forward_and_backward(decoder, Tape(ledger))
+    forward_and_backward(decoder, Tape(ledger, on_host=inputs_on_host))
     workspace = product_bytes * largest_matrix(model, storage)
     # A CPU keeps the workspace whether a product runs or not.
     activations = max(0, ledger.peak_bytes - (workspace if on_gpu else 0))

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+SMALLEST_ON_HOST = 64 * 1024
+"""Bytes of a tensor that is worth a copy to the host and back, as in `qlora_core.train.host_memory`."""
+
 
 class Ledger:
     """Bytes alive now, and at most so far."""
@@ -50,17 +53,20 @@ class Node:
     Args:
         inputs: the nodes of its inputs, None for one without gradient.
         saved: kept until its backward pass has run.
+        away: bytes of what is kept elsewhere until its backward pass runs.
         backward: from its result's gradient to those of its inputs, in order.
     """
 
-    __slots__ = ("backward", "inputs", "saved")
+    __slots__ = ("away", "backward", "inputs", "saved")
 
     def __init__(
         self,
         inputs: Sequence[Node | None],
         saved: Sequence[Memory],
         backward: Callable[[Arrived], Gradients],
+        away: Sequence[int] = (),
     ) -> None:
+        self.away = away
         self.inputs: Sequence[Node | None] = inputs
         self.saved: Sequence[Memory] = saved
         self.backward: Callable[[Arrived], Gradients] | None = backward
@@ -103,10 +109,12 @@ class Tape:
     Args:
         ledger: counts the memory.
         recording: False where nothing is kept, as in the first pass over what is computed again later.
+        on_host: whether what is kept for the backward pass is in the host's memory until then, all but the smallest.
     """
 
-    def __init__(self, ledger: Ledger, *, recording: bool = True) -> None:
+    def __init__(self, ledger: Ledger, *, recording: bool = True, on_host: bool = False) -> None:
         self.ledger = ledger
+        self.on_host = on_host
         self._recording = recording
         self._nodes: list[Node] = []
 
@@ -145,7 +153,9 @@ class Tape:
             return Value(memory, elements, itemsize, None)
         if not self._recording:
             return Value(memory, elements, itemsize, Node(nodes, (), backward))
-        node = Node(nodes, saved, backward)
+        moved = [one for one in saved if self.on_host and one.nbytes >= SMALLEST_ON_HOST]
+        here = [one for one in saved if one not in moved]
+        node = Node(nodes, here, backward, [one.nbytes for one in moved])
         self._nodes.append(node)
         return Value(memory, elements, itemsize, node)
 
@@ -164,7 +174,9 @@ class Tape:
             node = self._nodes.pop()
             if node not in waiting or node.backward is None:
                 continue
+            back = [self.memory(nbytes) for nbytes in node.away]
             gradients = list(node.backward([waiting.pop(node)]))
+            del back
             node.saved, node.backward = (), None
             for place, into in enumerate(node.inputs):
                 found, gradients[place] = gradients[place], None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qlora_core import Dataset, TextEncoder, TrainConfig, load_model
@@ -51,6 +53,8 @@ def measure_step(
     lengths: list[int],
     folder: Path,
     dtype: torch.dtype = torch.float32,
+    *,
+    inputs_on_host: bool = False,
 ) -> Measured:
     """Train two steps on examples of these lengths, all of whose tokens are trained, and measure the second.
 
@@ -60,6 +64,7 @@ def measure_step(
         lengths: of the examples of every step.
         folder: for the model and what the run writes.
         dtype: of hidden states and of what is not quantized.
+        inputs_on_host: whether what the backward pass needs is kept where it does not count.
     """
     run = prepared_run(config, settings, lengths, folder, dtype)
     progress = Progress()
@@ -73,7 +78,8 @@ def measure_step(
         # Working memory that a thread keeps for dequantizing, and its table.
         apart=[*_kept.memory.values(), cpu._pair_table()],
     )
-    with live:
+    elsewhere = _kept_elsewhere([*base, *run.parameters]) if inputs_on_host else nullcontext()
+    with live, elsewhere:
         take_step(run, progress)
     return Measured(
         base_bytes=distinct_bytes(base),
@@ -125,6 +131,21 @@ def _examples(lengths: list[int], vocabulary: int) -> Dataset:
     ]
     report: Any = None  # nothing in a step asks for it
     return Dataset(Examples.of(encoded), report)
+
+
+def _kept_elsewhere(always_there: list[Tensor]) -> AbstractContextManager[object]:
+    """Keep what autograd saves, but for the smallest, in memory that is not torch's."""
+    there = {tensor.data_ptr() for tensor in always_there}
+
+    def pack(tensor: Tensor) -> Tensor | Any:
+        if tensor.nbytes < 64 * 1024 or tensor.untyped_storage().data_ptr() in there:
+            return tensor
+        return tensor.detach().numpy().copy()
+
+    def unpack(kept: Tensor | Any) -> Tensor:
+        return kept if isinstance(kept, Tensor) else torch.from_numpy(kept).clone()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _forget_buffers() -> None:

@@ -33,6 +33,7 @@ def both(
     *,
     changes: dict[str, Any] | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
+    inputs_on_host: bool = False,
     **options: Any,
 ) -> tuple[Estimate, Measured]:
     """Give the estimate of a run and what one step of it took."""
@@ -52,8 +53,17 @@ def both(
         compute_dtype=dtype,
         longest_tokens=max(lengths),
         mean_tokens=sum(lengths) / len(lengths),
+        inputs_on_host=inputs_on_host,
     )
-    return estimated, measure_step(config, settings, lengths, folder, getattr(torch, dtype))
+    measured = measure_step(
+        config,
+        settings,
+        lengths,
+        folder,
+        getattr(torch, dtype),
+        inputs_on_host=inputs_on_host,
+    )
+    return estimated, measured
 
 
 def assert_close(estimated: Estimate, measured: Measured) -> None:
@@ -133,6 +143,25 @@ def test_every_optimizer_takes_what_is_estimated(optimizer: str, tmp_path: Path)
 
     assert measured.optimizer_bytes > measured.total_bytes / 20
     assert estimated.memory.optimizer_bytes == measured.optimizer_bytes
+    assert_close(estimated, measured)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["checkpointed", "kept"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_is_kept_on_the_host_is_not_counted(
+    family: str, checkpointing: bool, tmp_path: Path
+) -> None:
+    estimated, measured = both(
+        family,
+        [1000],
+        tmp_path,
+        changes={"num_hidden_layers": 12},
+        gradient_checkpointing=checkpointing,
+        inputs_on_host=True,
+        micro_batch_tokens=1000,
+        lora={"r": 4},
+    )
+
     assert_close(estimated, measured)
 
 
