@@ -26,7 +26,7 @@ PARTS = {
     "dequantize": "speed",
     "quantize": "speed",
     "optimizer": "optimizer",
-    "paging": "optimizer",
+    "paging": "paging",
     "finetune": "finetune",
 }
 

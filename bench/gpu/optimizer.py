@@ -1,13 +1,10 @@
-"""Checks and times the optimizers: a step beside bitsandbytes' and torch's, its launches, and paging within a training step."""
+"""Checks and times the optimizers: a step beside bitsandbytes' and torch's, and what it launches."""
 
 from __future__ import annotations
 
-import statistics
-import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,27 +14,19 @@ from torch.profiler import ProfilerActivity, profile
 from bench.gpu import optimizer_checks, rivals
 from bench.gpu.groups import Group, Rows
 from bench.gpu.measuring import Action, time_all
-from bench.loading import make_model
 from bench.optimizer import CLIP_BYTES, FLOOR_BYTES
 from bench.optimizer_process import ADAPTERS, CONTENDERS, state_bytes
-from operations.demo.docstrings import write_demo_files
-from qlora_core import LoraConfig, TextEncoder, TrainConfig, load_dataset, load_model
-from qlora_core.optim import OPTIMIZERS
-from qlora_core.train import StepMetrics, train
 
-_TINY_LLAMA = Path(__file__).resolve().parents[2] / "examples" / "tiny-llama"
-_WARM_UPS = 3
 # What a step with moments in 8 bits may take for 42 million elements on an H200.
 _ASKED_MS = {"our kernel, 8 bits": 0.3, "ours adamw_8bit": 0.3}
 
 
 def groups(device: str) -> list[Group]:
-    """Give the groups of both parts, the optimizer itself and training with it paged or not."""
+    """Give the groups of this part."""
     return [
         *optimizer_checks.groups(device),
         Group("optimizer speed", partial(_speed, device)),
         Group("optimizer launches", partial(_launches, device)),
-        Group("paging in a training step", partial(_training, device)),
     ]
 
 
@@ -141,47 +130,3 @@ def _waits(optimizer: torch.optim.Optimizer) -> bool:
 def _finish(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _training(device: str) -> Rows:
-    """Steps of the engine with each optimizer, forth and back, over an adapter of 40 million elements."""
-    times: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
-    memory: dict[str, Mapping[str, int]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = _TINY_LLAMA
-        if device == "cuda":
-            folder = Path(scratch) / "model"
-            make_model(folder, "llama", 8, 2048)
-        for name in [*OPTIMIZERS, *reversed(OPTIMIZERS)]:
-            steps = _train(folder, name, Path(scratch), device)
-            times[name] += [step.step_time_s for step in steps[_WARM_UPS:]]
-            memory[name] = steps[-1].memory
-    rows: Rows = []
-    for name, taken in times.items():
-        row: dict[str, Any] = {"optimizer": name, "step_s": statistics.median(taken)}
-        unpaged = name.removeprefix("paged_")
-        if name != unpaged:
-            row["times_unpaged"] = row["step_s"] / statistics.median(times[unpaged])
-        rows.append(row | {"low_s": min(taken), "high_s": max(taken), **memory[name]})
-    return rows
-
-
-def _train(folder: Path, optimizer: str, scratch: Path, device: str) -> list[StepMetrics]:
-    encoder = TextEncoder.from_folder(_TINY_LLAMA)
-    n_steps, batch_size, rank = (15, 8, 128) if device == "cuda" else (2 + _WARM_UPS, 1, 8)
-    files = write_demo_files(scratch, max_train=n_steps * batch_size, max_validation=2)
-    data = load_dataset(files.train, encoder, context_length=1024)
-    model = load_model(
-        folder,
-        device=device,
-        compute_dtype=torch.bfloat16 if device == "cuda" else torch.float32,
-    )
-    config = TrainConfig(
-        n_epochs=1, batch_size=batch_size, context_length=1024, micro_batch_tokens=2048, optimizer=optimizer,
-        lora=LoraConfig(r=rank),
-    )  # fmt: skip
-    events: list[Any] = []
-    # A folder of its own: in that of another run it would go on from there.
-    output_dir = tempfile.mkdtemp(dir=scratch)
-    train(model, encoder, data, config, events.append, output_dir=output_dir)
-    return [event for event in events if isinstance(event, StepMetrics)]

@@ -62,6 +62,9 @@ def test_fine_tuning_runs_on_a_cpu_too_with_every_optimizer(tmp_path: Path) -> N
     assert result.returncode == 0, result.stdout + result.stderr
     assert "train_loss_last=" in result.stdout
     assert re.findall(r"optimizer=(\w+)  step_s=", result.stdout) == list(OPTIMIZERS)
+    # Both moments came and went; unified memory is CUDA's.
+    assert "state_bytes=24576  resident_bytes=24576  resident_bytes_after=0" in result.stdout
+    assert "state_bytes=24576  skipped=" in result.stdout
 
 
 def test_without_a_gpu_it_says_so(device: str) -> None:
