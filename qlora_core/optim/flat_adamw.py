@@ -18,8 +18,12 @@ from qlora_core.errors import ConfigError, ResumePointError
 from qlora_core.ops.adamw.moments import Moments8
 from qlora_core.ops.adamw.ops import adamw_step_in_pieces
 from qlora_core.ops.adamw.settings import AdamWSettings
+from qlora_core.ops.working_copy import WorkingCopy
 from qlora_core.optim.flat_tensors import FlatTensors
 from qlora_core.optim.state_memory import Bits, PlainMemory, StateMemory
+from qlora_core.quant.codebook import dynamic_map
+
+_CODE_OF_ZERO = dynamic_map(signed=True).index(0.0)
 
 
 class FlatAdamW(torch.optim.Optimizer):
@@ -43,6 +47,7 @@ class FlatAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_grad_norm: float = math.inf,
+        copy_dtype: torch.dtype | None = None,
         open_memory: Callable[[int, Bits, torch.device], StateMemory] = PlainMemory,
     ) -> None:
         """Move the parameters into a buffer.
@@ -55,6 +60,8 @@ class FlatAdamW(torch.optim.Optimizer):
             betas: decay of the two moments.
             eps: added to the root of the second moment.
             max_grad_norm: longer gradients are scaled down to it, on the way.
+            copy_dtype: float16 or bfloat16, for a copy of the parameters in it that each step writes in
+                the same pass (`working_copy`); None for none.
             open_memory: given the buffer's elements, ``bits`` and device, takes memory for the moments.
 
         Raises:
@@ -62,7 +69,7 @@ class FlatAdamW(torch.optim.Optimizer):
             DtypeError, LayoutError: a parameter is not as described.
         """
         AdamWSettings(learning_rate, betas[0], betas[1], eps, weight_decay, max_grad_norm)
-        self._flat = FlatTensors(params)
+        self._flat = FlatTensors(params, copy_dtype=copy_dtype)
         defaults = {
             "lr": learning_rate,
             "betas": betas,
@@ -157,11 +164,23 @@ class FlatAdamW(torch.optim.Optimizer):
             divisor,
         )
         self._flat.gather_gradients()
+        # Before the step, which may change nothing: the copies must be right either way.
+        self._flat.renew_copies()
         with closing(self._memory.visit()) as pieces:
             self.grad_norm = adamw_step_in_pieces(
-                self._flat.values, self._flat.gradients, pieces, self._steps, settings, loss=loss
+                self._flat.values,
+                self._flat.gradients,
+                pieces,
+                self._steps,
+                settings,
+                loss=loss,
+                copies=self._flat.copies,
             )
         return result
+
+    def working_copy(self, param: nn.Parameter) -> WorkingCopy | None:
+        """Give a parameter's copy in 16 bits, None where there is none."""
+        return self._flat.working_copy(param)
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - torch's signature
         """Set all gradients to zero in one go; they stay where they are, whatever ``set_to_none``."""
@@ -186,6 +205,9 @@ class FlatAdamW(torch.optim.Optimizer):
             found = [_shapes(saved[index]) for index in sorted(saved)]
             if sorted(saved) != list(range(len(own))) or found != [_shapes(each) for each in own]:
                 raise ResumePointError("The optimizer's saved state is of another optimizer.")
+        if isinstance(self._memory.home, Moments8):
+            # Between tensors, too: there scales that are put back would make something of another code.
+            self._memory.home.mean.fill_(_CODE_OF_ZERO)
         for index, views in enumerate(own):
             for name, view in views.items():
                 if saved:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from qlora_core.errors import ConfigError
@@ -28,6 +29,7 @@ def build_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     max_grad_norm: float = math.inf,
+    copy_dtype: torch.dtype | None = None,
 ) -> FlatAdamW:
     """Build an optimizer over trainable tensors, which become views of one buffer.
 
@@ -40,6 +42,7 @@ def build_optimizer(
         betas: decay of the two moments.
         eps: added to the root of the second moment.
         max_grad_norm: longer gradients are scaled down to it.
+        copy_dtype: of a copy of the parameters in 16 bits, None for none.
 
     Raises:
         ConfigError: no optimizer has this name.
@@ -56,5 +59,6 @@ def build_optimizer(
         betas=betas,
         eps=eps,
         max_grad_norm=max_grad_norm,
+        copy_dtype=copy_dtype,
         open_memory=open_paged_memory if name.startswith("paged") else PlainMemory,
     )

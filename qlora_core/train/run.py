@@ -19,7 +19,7 @@ from qlora_core.data import Batching, Dataset, epoch_order, pass_tokens, windows
 from qlora_core.errors import ConfigError
 from qlora_core.export import load_adapter, serving_warnings
 from qlora_core.export.adapter_folder import WEIGHTS
-from qlora_core.nn import add_lora
+from qlora_core.nn import add_lora, lora_modules
 from qlora_core.nn.config import ALL_LINEAR
 from qlora_core.nn.targets import left_out
 from qlora_core.optim import build_optimizer
@@ -38,6 +38,7 @@ from qlora_core.train.progress import Progress
 from qlora_core.train.surroundings import surround
 from qlora_core.train.vocabulary import known_pad_id, refuse_unknown_examples
 from qlora_core.train.weights import Weights
+from qlora_core.train.working_copies import copy_dtype_of, give_working_copies
 
 # Settings that change memory and speed, never the result: a run may resume with others.
 _NOT_IDENTITY = (*OF_SETTINGS, "resume_point_every_s")
@@ -207,13 +208,16 @@ def prepare(
     torch.manual_seed(config.seed)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers = list(lora_modules(model).values())
     optimizer = build_optimizer(
         config.optimizer,
         parameters,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
+        copy_dtype=copy_dtype_of(layers, n_trained=len(parameters)),
     )
+    give_working_copies(layers, optimizer)
     run = Run(
         model=model,
         encoder=encoder,

@@ -1,6 +1,7 @@
 """The flat optimizer against torch's over tensors of odd sizes, and its state saved and put back."""
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -172,6 +173,31 @@ def test_an_optimizer_put_back_goes_on_bit_for_bit(
     assert other.param_groups[0]["lr"] == 0.1
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_what_lies_between_tensors_stays_zero_after_a_state_is_put_back(bits: Bits) -> None:
+    whole, resumed = ([nn.Parameter(torch.ones(n)) for n in (100, 300)] for _ in range(2))
+    optimizers = [FlatAdamW(params, bits=bits, learning_rate=0.1) for params in (whole, resumed)]
+    torch.stack([param.sum() for param in whole]).sum().backward()
+    optimizers[0].step()
+    optimizers[0].zero_grad()
+    with torch.no_grad():
+        for mine, param in zip(resumed, whole, strict=True):
+            mine.copy_(param)
+
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for _ in range(3):
+        for params, optimizer in zip((whole, resumed), optimizers, strict=True):
+            # So small that a moment out of place beside them would set the block's scale.
+            torch.stack([1e-3 * param.sum() for param in params]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True))
+    buffers = [params[0].untyped_storage() for params in (whole, resumed)]
+    flat = [torch.tensor([], dtype=torch.float32).set_(buffer) for buffer in buffers]
+    assert torch.equal(*flat)
+
+
 def test_an_empty_state_is_the_beginning() -> None:
     params = parameters()
     optimizer = FlatAdamW(params, bits=8, learning_rate=0.1)
@@ -200,6 +226,61 @@ def test_the_state_of_another_optimizer_is_refused_and_changes_nothing(bits: Bit
             optimizer.load_state_dict(wrong.state_dict())
 
     assert not any(value.any() for state in optimizer.state.values() for value in state.values())
+
+
+def working_copies(optimizer: FlatAdamW, params: list[nn.Parameter]) -> list[torch.Tensor | None]:
+    found = [optimizer.working_copy(param) for param in params]
+    return [None if each is None else each.of(param, torch.bfloat16) for each, param in zip(found, params, strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_each_parameters_copy_follows_its_steps_and_changes_none(bits: Bits) -> None:
+    params, others = parameters(), parameters()
+    with_copies = FlatAdamW(params, bits=bits, learning_rate=0.1, copy_dtype=torch.bfloat16)
+    without = FlatAdamW(others, bits=bits, learning_rate=0.1)
+
+    for seed in range(3):
+        for each, optimizer in ((params, with_copies), (others, without)):
+            give_gradients(each, seed)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        for param, other, copy_ in zip(
+            params, others, working_copies(with_copies, params), strict=True
+        ):
+            assert torch.equal(param, other)
+            assert copy_ is not None
+            assert torch.equal(copy_, param.detach().bfloat16())
+    assert working_copies(without, others) == [None] * len(others)
+
+
+@pytest.mark.parametrize("wrong", [1.0, math.nan], ids=["a step", "a step that changes nothing"])
+def test_a_parameter_put_back_between_steps_is_in_its_copy_from_the_next_step_on(
+    wrong: float,
+) -> None:
+    params = parameters()
+    optimizer = FlatAdamW(params, bits=32, learning_rate=0.1, copy_dtype=torch.bfloat16)
+    give_gradients(params, 0)
+    optimizer.step()
+    with torch.no_grad():
+        params[3].copy_(torch.full_like(params[3], 7.0))
+    assert working_copies(optimizer, params)[3] is None
+
+    give_gradients(params, 1)
+    optimizer.step(loss=torch.tensor(wrong))
+
+    for param, copy_ in zip(params, working_copies(optimizer, params), strict=True):
+        assert copy_ is not None
+        assert torch.equal(copy_, param.detach().bfloat16())
+
+
+def test_parameters_that_another_optimizer_takes_over_lose_their_copies() -> None:
+    params = parameters()
+    first = FlatAdamW(params, bits=32, learning_rate=0.1, copy_dtype=torch.bfloat16)
+
+    FlatAdamW(params, bits=32, learning_rate=0.1)
+
+    assert working_copies(first, params) == [None] * len(params)
 
 
 def test_parameters_that_have_no_place_are_refused() -> None:
