@@ -75,10 +75,11 @@ def save_resume_point(
     Raises:
         OSError: the disk is full, or refuses to be written to; nothing is left of the point.
     """
+    # The largest first: it is still being hashed while the others are written.
     tensors = {
+        _OPTIMIZER: _moments(optimizer),
         _ADAPTER: trained_weights(model),
         _BEST: best,
-        _OPTIMIZER: _moments(optimizer),
         _RANDOM: random_states(),
     }
     state = {

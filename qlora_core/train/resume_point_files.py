@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Self
+from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -28,14 +28,17 @@ _KEPT = 2
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TORN = ".torn"
-# Parts that may wait to be hashed: on a GPU each of them is a copy in the host's memory.
-_WAITING = 16
+# So much goes to the disk by one call, of at most so many parts.
+_TOGETHER_BYTES = 8 * 2**20
+_MOST_PARTS = 128
 
 
 def write_point(
     folder: Path, step: int, tensors: Mapping[str, Weights], state: Mapping[str, Any]
 ) -> Path:
     """Write a point under ``folder``; it is there, on the disk, when this returns, and nothing is if it fails.
+
+    From a GPU all of it comes to the host's memory first; hashing goes on in threads while the files are written.
 
     Args:
         folder: that of all points of a run.
@@ -50,17 +53,14 @@ def write_point(
         OSError: the disk is full, or refuses to be written to.
     """
     target = step_folder(folder, step)
-    with written_whole(target) as unfinished, ExitStack() as running:
-        sums: dict[str, Sum] = {}
-        for name, values in tensors.items():
-            file = _file_of(name)
-            sums[file] = running.enter_context(Sum())
-            header, parts = file_parts(values)
-            _write(unfinished / file, header, parts, sums[file])
-        sums[_STATE] = running.enter_context(Sum())
-        _write(unfinished / _STATE, _as_json(state), (), sums[_STATE])
-        manifest = {file: each.hexdigest() for file, each in sums.items()}
-        (unfinished / _MANIFEST).write_bytes(_as_json(manifest))
+    contents = {_file_of(name): _parts(values) for name, values in tensors.items()}
+    contents[_STATE] = [_as_json(state)]
+    with written_whole(target) as unfinished, ThreadPoolExecutor(len(contents)) as hashing:
+        sums = {file: hashing.submit(_sum, parts) for file, parts in contents.items()}
+        for file, parts in contents.items():
+            _write(unfinished / file, parts)
+        manifest = {file: each.result() for file, each in sums.items()}
+        _write(unfinished / _MANIFEST, [_as_json(manifest)])
     return target
 
 
@@ -120,57 +120,57 @@ def read_point(point: Path, names: Iterable[str]) -> tuple[dict[str, Any], dict[
     return state, tensors
 
 
-class Sum:
-    """The sha256 of a file, computed in a thread of its own while the file is being written."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._parts: SimpleQueue[bytes | memoryview | None] = SimpleQueue()
-        self._room = threading.BoundedSemaphore(_WAITING)
-        self._thread = threading.Thread(target=self._run, name="sha256", daemon=True)
-
-    def __enter__(self) -> Self:
-        """Start; the thread ends with the block."""
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait for what was added."""
-        self._parts.put(None)
-        self._thread.join()
-
-    def add(self, part: bytes | memoryview) -> None:
-        """Take the file's next bytes, which must stay as they are; waits where too many wait already."""
-        self._room.acquire()
-        self._parts.put(part)
-
-    def hexdigest(self) -> str:
-        """Wait for what was added, which was all, and give the sum."""
-        self._parts.put(None)
-        self._thread.join()
-        return self._digest.hexdigest()
-
-    def _run(self) -> None:
-        while (part := self._parts.get()) is not None:
-            self._digest.update(part)
-            self._room.release()
+def _parts(tensors: Weights) -> list[memoryview]:
+    header, parts = file_parts(tensors)
+    return [memoryview(header), *parts]
 
 
-def _write(path: Path, header: bytes, parts: Iterable[memoryview], digest: Sum) -> None:
-    with path.open("wb") as file:
-        digest.add(header)
-        file.write(header)
-        for part in parts:
-            digest.add(part)
-            file.write(part)
+def _sum(parts: Iterable[memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _write(path: Path, parts: Iterable[memoryview]) -> None:
+    with path.open("wb", buffering=0) as file:
+        for together in _groups(parts):
+            _write_all(file.fileno(), together)
+            # What is on its way to the disk already need not be waited for at the end; not every system can be told.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _groups(parts: Iterable[memoryview]) -> Iterator[list[memoryview]]:
+    """Put parts together for one call each: adapters are many small tensors."""
+    group: list[memoryview] = []
+    nbytes = 0
+    for part in parts:
+        group.append(part)
+        nbytes += part.nbytes
+        if len(group) == _MOST_PARTS or nbytes >= _TOGETHER_BYTES:
+            yield group
+            group, nbytes = [], 0
+    if group:
+        yield group
+
+
+def _write_all(descriptor: int, parts: list[memoryview]) -> None:
+    while parts:
+        done = os.writev(descriptor, parts)
+        while parts and done >= parts[0].nbytes:
+            done -= parts[0].nbytes
+            parts = parts[1:]
+        if done:
+            parts = [parts[0][done:], *parts[1:]]
 
 
 def _file_of(name: str) -> str:
     return f"{name}.safetensors"
 
 
-def _as_json(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, indent=1).encode("utf-8")
+def _as_json(value: Mapping[str, Any]) -> memoryview:
+    return memoryview(json.dumps(value, indent=1).encode("utf-8"))
 
 
 def _sha256(path: Path) -> str:

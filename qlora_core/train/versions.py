@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
@@ -20,6 +21,7 @@ def library_versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **found}
 
 
+@functools.cache  # looking them up takes as long as writing some megabytes
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
