@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _KINDS = {
     "base_bytes": "base weights",
     "adapter_bytes": "adapter",
-    "optimizer_bytes": "optimizer",
+    "optimizer_resident_bytes": "optimizer",
     "gradients_bytes": "gradients",
     "activations_bytes": "activations",
     "workspace_bytes": "workspace: a weight made dense",
@@ -199,20 +199,12 @@ def _free_on_the_gpu() -> int | None:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
-def _elsewhere(kind: str, kinds: dict[str, int]) -> str:
-    """Say of paged moments how much of them the peak does not count."""
-    away = kinds["optimizer_bytes"] - kinds["optimizer_resident_bytes"]
-    if kind != "optimizer_bytes" or away == 0:
-        return ""
-    return f", {size(away)} of it in host memory at the peak"
-
-
 def _print(found: Estimate, asked: Asked, source: Path, device: str, room: int | None) -> None:
     table = Table(show_header=False)
     kinds = found.memory.as_dict()
     total = kinds["total_bytes"]
     for kind, name in _KINDS.items():
-        table.add_row(name, size(kinds[kind]) + _elsewhere(kind, kinds))
+        table.add_row(name, size(kinds[kind]))
     table.add_row("memory at the peak", size(total), end_section=True)
     if room is not None:
         left = room - total
@@ -220,6 +212,9 @@ def _print(found: Estimate, asked: Asked, source: Path, device: str, room: int |
         table.add_row(f"fits into {size(room)}", said, end_section=True)
     table.add_row("parameters", f"{found.parameters.total:,}")
     table.add_row("  trained", f"{found.parameters.adapter:,}")
+    paged_out = kinds["optimizer_bytes"] - kinds["optimizer_resident_bytes"]
+    if paged_out > 0:
+        table.add_row("optimizer in host memory meanwhile", size(paged_out))
     table.add_row("the adapter on disk", size(found.adapter_file_bytes))
     table.add_row("each resume point on disk", size(found.resume_point_bytes), end_section=True)
     table.add_row("tokens per step", f"{found.tokens_per_step:,}")

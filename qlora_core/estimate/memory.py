@@ -27,7 +27,7 @@ class MemoryEstimate:
 
     Attributes:
         base_bytes: everything frozen.
-        adapter_bytes: everything trained.
+        adapter_bytes: everything trained, and its copy in the dtype of products where there is one.
         optimizer_bytes: its moments, wherever they are.
         optimizer_resident_bytes: of them, what is on the device at the peak and counts in the whole; where the rest is
             not there, it is in the host's memory.
@@ -84,20 +84,23 @@ def estimate_memory(
         inputs_on_host: whether what is kept for the backward pass is in the host's memory until then.
     """
     ledger = Ledger()
-    products = Products(product_bytes, makes_dense=on_gpu, dropout=dropout)
+    # On a CPU products are in float32; of what is trained whole a copy would have no use.
+    copied = on_gpu and product_bytes < FLOAT32 and not (adapter.embeddings or adapter.head)
+    products = Products(product_bytes, makes_dense=on_gpu, dropout=dropout, has_copies=copied)
     decoder = Decoder(model, adapter, products, rows, storage.dense_bytes, checkpointing, on_gpu)
     forward_and_backward(decoder, Tape(ledger, on_host=inputs_on_host))
     workspace = product_bytes * largest_matrix(model, storage)
     # A CPU keeps the workspace whether a product runs or not.
     activations = max(0, ledger.peak_bytes - (workspace if on_gpu else 0))
-    trained = FLOAT32 * buffer_elements(adapter.tensors)
+    elements = buffer_elements(adapter.tensors)
+    trained = FLOAT32 * elements
     moments = resident = optimizer.state_bytes(adapter.tensors)
     if optimizer.paged and on_gpu:
         # They come back for the optimizer's step, when activations are gone.
         resident = max(0, moments - activations - workspace)
     return MemoryEstimate(
         base_bytes=base_bytes(model, counts, storage),
-        adapter_bytes=trained,
+        adapter_bytes=trained + (product_bytes * elements if copied else 0),
         optimizer_bytes=moments,
         optimizer_resident_bytes=resident,
         gradients_bytes=trained,

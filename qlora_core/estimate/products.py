@@ -24,11 +24,13 @@ class Products:
         makes_dense: whether each product makes the quantized weight dense in new memory; a CPU keeps a buffer for that
             from product to product, which is counted beside the activations.
         dropout: whether the adapters drop some of their inputs.
+        has_copies: whether the optimizer keeps copies of the adapters' factors in what is multiplied, so that none is cast.
     """
 
     itemsize: int
     makes_dense: bool
     dropout: bool
+    has_copies: bool
 
     def dense(self, tape: Tape, linear: Linear) -> Memory | None:
         """Make a quantized weight dense."""
@@ -49,10 +51,11 @@ def adapted(
     wide, narrow, result = rows * linear.in_features, rows * rank, rows * linear.out_features
     factors = (rank * linear.in_features, linear.out_features * rank)
     x_needs, is_cast = x.node is not None, x.itemsize != products.itemsize
+    factors_are_cast = size != FLOAT32 and not products.has_copies
 
     def backward(grad: Arrived) -> Gradients:
         held = [tape.memory(result * size)] if is_cast else list(grad)
-        held += [tape.memory(one * size) for one in factors if size != FLOAT32]
+        held += [tape.memory(one * size) for one in factors if factors_are_cast]
         held.append(tape.memory(narrow * size))
         inputs = [tape.memory(wide * size) for made in (is_cast, products.dropout) if made]
         of_a = _in_float32(tape, factors[0], size)
@@ -74,13 +77,13 @@ def adapted(
 
     x_product = tape.memory(wide * size) if is_cast else x.memory
     inputs = [tape.memory(wide * size)] if products.dropout else []
-    inputs += [tape.memory(factors[0] * size)] if size != FLOAT32 else []
+    inputs += [tape.memory(factors[0] * size)] if factors_are_cast else []
     down = tape.memory(narrow * size)
     inputs.clear()
     weight = products.dense(tape, linear) if quantized else None
     y = tape.memory(result * size)
     del weight
-    if size != FLOAT32:
+    if factors_are_cast:
         inputs.append(tape.memory(factors[1] * size))
         inputs.clear()
     if is_cast:

@@ -127,6 +127,18 @@ def test_of_what_does_not_fit_it_is_said_what_would(base: Path) -> None:
     assert document(base, "--device", "cpu", "--memory", str(room + 1))["would_fit"] is None
 
 
+def test_of_a_paged_optimizer_it_is_said_what_the_peak_does_not_count(
+    write_run: WriteRun,
+) -> None:
+    file = write_run(train='context_length = 64\noptimizer = "paged_adamw"')
+
+    rows = [" ".join(line.split()) for line in run(file, "--device", "cuda").stdout.splitlines()]
+
+    said = size(document(file, "--device", "cuda")["memory"]["optimizer_bytes"])
+    assert "│ optimizer │ 0.0 MiB │" in rows
+    assert f"│ optimizer in host memory meanwhile │ {said} │" in rows
+
+
 def test_nothing_is_said_of_fitting_where_there_is_no_gpu_and_no_memory_given(base: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -12,6 +12,7 @@ from qlora_core import estimate
 from qlora_core.estimate import optimizers
 from qlora_core.estimate.memory import MemoryEstimate
 from qlora_core.optim import OPTIMIZERS, build_optimizer
+from qlora_core.optim.flat_tensors import FlatTensors
 from tests.qlora_core.estimate.families import config_of
 from tests.qlora_core.estimate.live_tensors import distinct_bytes, moments
 
@@ -28,7 +29,7 @@ def built(name: str) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
 
 
 def test_every_optimizer_of_a_run_is_known() -> None:
-    assert set(OPTIMIZERS) <= set(optimizers.OPTIMIZERS)
+    assert tuple(optimizers.OPTIMIZERS) == OPTIMIZERS
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -49,6 +50,24 @@ def test_what_is_saved_of_each_tensor_is_known_to_the_byte(name: str) -> None:
     known, tensors = optimizers.OPTIMIZERS[name], [one.numel() for one in parameters]
     assert known.saved_bytes(tensors) == sum(one.nbytes for one in moments(optimizer))
     assert known.saved_per_tensor * len(tensors) == len(moments(optimizer))
+
+
+def test_a_copy_in_16_bits_is_as_large_as_half_the_buffer() -> None:
+    parameters = [nn.Parameter(torch.randn(size)) for size in SIZES]
+    copies = FlatTensors(parameters, copy_dtype=torch.bfloat16).copies
+
+    assert copies is not None
+    assert copies.nbytes == 2 * optimizers.buffer_elements([one.numel() for one in parameters])
+
+
+def test_a_copy_is_kept_where_products_are_in_16_bits_and_nothing_is_trained_whole() -> None:
+    whole = {"lora": {"modules_to_save": ["lm_head"]}}
+    exact, rounded = memory_of("adamw", "cpu"), memory_of("adamw", "cuda")
+    without = memory_of("adamw", "cuda", **whole)
+
+    assert exact.adapter_bytes == exact.gradients_bytes
+    assert 2 * rounded.adapter_bytes == 3 * rounded.gradients_bytes
+    assert without.adapter_bytes == without.gradients_bytes
 
 
 def memory_of(name: str, device: Literal["cuda", "cpu"], **settings: Any) -> MemoryEstimate:
