@@ -41,7 +41,7 @@ def main() -> int:
     """Measure what is missing, print, keep; 1 when the contenders did not do the same."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="+", choices=ADAPTERS, default=list(ADAPTERS)[:2])
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--threads", type=int, nargs="+", default=[2])
     parser.add_argument(
         "--rounds", type=int, default=3, help="processes of each contender and setting"
     )

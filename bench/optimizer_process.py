@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qlora_core.optim import OPTIMIZERS, build_optimizer
 
-SECONDS = 1.5  # for each thing timed, if it does not take longer to do it three times
+SECONDS = 0.6  # for each thing timed, if it does not take longer to do it three times
 MAX_GRAD_NORM = 1.0
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 RATE = 1e-4
