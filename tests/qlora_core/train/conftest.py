@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from qlora_core import Dataset, TextEncoder, TrainConfig, load_dataset, load_model
+from qlora_core import Dataset, TextEncoder, TrainConfig, load_dataset, load_model, train
 from qlora_core.nn import LoraConfig
+from qlora_core.train import Event, StepMetrics, TrainResult
 from tests.tiny_models import save_tiny_llama
 
 ANSWERS = [
@@ -94,3 +95,34 @@ def config() -> Callable[..., TrainConfig]:
         return TrainConfig(**{**settings, **options})
 
     return make
+
+
+@pytest.fixture
+def run(
+    load: Callable[[], PreTrainedModel],
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+) -> Callable[..., tuple[TrainResult, list[Event]]]:
+    """Train in a folder, on a model of its own; ``stop_after`` steps if given."""
+
+    def go(
+        folder: Path,
+        *,
+        stop_after: int | None = None,
+        settings: TrainConfig | None = None,
+        **options: Any,
+    ) -> tuple[TrainResult, list[Event]]:
+        events: list[Event] = []
+        done = lambda: sum(isinstance(e, StepMetrics) for e in events)  # noqa: E731
+        if stop_after is not None:
+            options["should_stop"] = lambda: done() >= stop_after
+        sink = options.pop("sink", events.append)
+        result = train(
+            load(), encoder, make_dataset(12),
+            settings or config(lora=LoraConfig(r=4, dropout=0.2), weight_decay=0.1, lr_scheduler_type="cosine"),
+            sink, output_dir=folder, **{"validation": make_dataset(5), **options},
+        )  # fmt: skip
+        return result, events
+
+    return go
