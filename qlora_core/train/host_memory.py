@@ -35,7 +35,7 @@ def saved_on_host(
         # Pinned, so that the copy is made while the device goes on; in the order of its stream, so that nothing
         # has to wait for it: the memory that it reads from is given to later work only.
         pinned = tensor.device.type == "cuda"
-        kept = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
+        kept = torch.empty_like(tensor, device="cpu", pin_memory=pinned)
         kept.copy_(tensor, non_blocking=pinned)
         return tensor.device, kept
 

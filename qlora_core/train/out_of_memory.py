@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from qlora_core.errors import EngineError, OutOfMemoryError
 from qlora_core.estimate import estimate
-from qlora_core.estimate.result import Estimate
+from qlora_core.estimate.fitting import largest_fitting
+from qlora_core.train.free_memory import free_bytes
 from qlora_core.train.run import Run
 
 _KINDS = {
@@ -18,6 +20,12 @@ _KINDS = {
     "workspace_bytes": "one dense weight",
 }
 
+_IN_GENERAL = "Lower context_length or the adapter's r, or take a smaller base model."
+# There when nothing is computed.
+_HELD = ("base_bytes", "adapter_bytes", "optimizer_bytes", "gradients_bytes")
+# Of the form that did not fit, what something has to be below to count as smaller.
+_LESS = 0.9
+
 
 def out_of_memory(run: Run, where: str, memory: Mapping[str, int]) -> OutOfMemoryError:
     """Make the error.
@@ -28,12 +36,8 @@ def out_of_memory(run: Run, where: str, memory: Mapping[str, int]) -> OutOfMemor
         memory: what was measured then.
     """
     used = ", ".join(f"{name} {value:,}" for name, value in memory.items())
-    sentences = [
-        f"The {run.model.device.type} ran out of memory {where} ({used}), {_tried(run)}.",
-        *_estimated(run),
-        "Lower context_length or the adapter's r, or take a smaller base model.",
-    ]
-    return OutOfMemoryError(" ".join(sentences))
+    tried = f"The {run.model.device.type} ran out of memory {where} ({used}), {_tried(run)}."
+    return OutOfMemoryError(" ".join([tried, *_estimated(run)]))
 
 
 def _tried(run: Run) -> str:
@@ -49,32 +53,41 @@ def _tried(run: Run) -> str:
 
 
 def _estimated(run: Run) -> list[str]:
-    """Say what takes how much, where the model's family is one that can be estimated."""
+    """Say what takes how much and what would fit; in general words where the base model cannot be estimated."""
+    if run.plan.kernels == "none":  # the estimate is of quantized models
+        return [_IN_GENERAL]
     try:
-        found = _estimate(run)
+        return _of_estimate(run)
     except EngineError:
-        return []
-    kinds = ", ".join(
-        f"{words} {_size(getattr(found.memory, name))}" for name, words in _KINDS.items()
-    )
-    return [f"By the estimate this takes {_size(found.memory.total_bytes)}: {kinds}."]
+        return [_IN_GENERAL]
 
 
-def _estimate(run: Run) -> Estimate:
+def _of_estimate(run: Run) -> list[str]:
     lengths = run.dataset.lengths
-    settings = run.config.as_dict() | {
+    config = run.model.config.get_text_config().to_dict()
+    options: dict[str, Any] = {
+        "device": "cuda" if run.model.device.type == "cuda" else "cpu",
+        "compute_dtype": str(run.model.dtype).removeprefix("torch."),
+        "longest_tokens": max(lengths),
+        "mean_tokens": sum(lengths) / len(lengths),
+        "inputs_on_host": run.plan.inputs_on_host,
+    }
+    tried = run.config.as_dict() | {
         "micro_batch_tokens": run.plan.micro_batch_tokens,
         "gradient_checkpointing": run.plan.recompute,
     }
-    dtype = str(run.model.dtype).removeprefix("torch.")
-    return estimate(
-        run.model.config.get_text_config().to_dict(),
-        settings,
-        device="cuda" if run.model.device.type == "cuda" else "cpu",
-        compute_dtype=dtype,  # pyright: ignore[reportArgumentType] - checked there
-        longest_tokens=max(lengths),
-        mean_tokens=sum(lengths) / len(lengths),
-    )
+    memory = estimate(config, tried, **options).memory
+    kinds = ", ".join(f"{words} {_size(getattr(memory, name))}" for name, words in _KINDS.items())
+    # That this form did not fit is known, whatever room there seems to be.
+    room = int(_LESS * memory.total_bytes)
+    free = free_bytes(run.model.device)
+    if free is not None:
+        room = min(room, free + sum(run.memory.measure()[name] for name in _HELD))
+    fitting = largest_fitting(config, tried, room_bytes=room, **options)
+    return [
+        f"By the estimate this takes {_size(memory.total_bytes)}: {kinds}.",
+        fitting.sentence,
+    ]
 
 
 def _size(nbytes: int) -> str:

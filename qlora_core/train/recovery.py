@@ -10,11 +10,11 @@ import gc
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from qlora_core.quant.workspace import release_idle
 from qlora_core.train.events import OutOfMemoryRecovered
+from qlora_core.train.free_memory import return_freed
 from qlora_core.train.memory import OUT_OF_MEMORY, is_out_of_memory, measured_memory
 from qlora_core.train.notches import make_more_frugal
 from qlora_core.train.out_of_memory import out_of_memory
@@ -87,7 +87,6 @@ def _undo(run: Run, states: dict[str, Tensor]) -> None:
     restore_random_states(states)
     gc.collect()
     release_idle()
-    if run.model.device.type == "cuda":
-        torch.cuda.empty_cache()
+    return_freed()
     # What failed is not the peak of the step that succeeds.
     run.memory.begin_step()

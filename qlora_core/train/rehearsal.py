@@ -17,7 +17,6 @@ from qlora_core.train.recovery import until_it_fits
 from qlora_core.train.run import Run
 from qlora_core.train.surroundings import callers_kept, surround
 
-_MOMENTS = 2  # what AdamW will keep for every trained element, from its first step on
 # In torch's words for an operation that has no deterministic algorithm.
 _NOT_DETERMINISTIC = "deterministic"
 
@@ -38,10 +37,10 @@ def rehearse(run: Run, *, step: int = 0) -> None:
 
 
 def _go_through(run: Run) -> None:
-    reason = _not_deterministic(run) if run.plan.deterministic else ""
-    if run.plan.deterministic and not reason:
-        return
-    if reason:
+    if run.plan.deterministic:
+        reason = _not_deterministic(run)
+        if not reason:
+            return
         run.adopt(replace(run.plan, deterministic=False))
         surround(run.plan)
         run.sink(Notice("warn", f"A run that goes on may differ in its last bits: {reason}."))
@@ -67,8 +66,4 @@ def _pass(run: Run) -> None:
     batch = largest_possible(run.batching, run.dataset, batch_size=run.config.batch_size)
     cards = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards):
-        reserved = [] if run.optimizer.state else [
-            torch.empty_like(parameter) for parameter in run.parameters for _ in range(_MOMENTS)
-        ]  # fmt: skip
         run.loss_of(batch.to(device)).loss.backward()
-        del reserved

@@ -11,6 +11,7 @@ from qlora_core.commands.run_display import RunDisplay
 from qlora_core.train import (
     DatasetProgress,
     Notice,
+    OutOfMemoryRecovered,
     ResumeNotExact,
     RunStarted,
     StepMetrics,
@@ -70,6 +71,18 @@ def test_a_resume_that_may_not_be_exact_is_told_with_its_reasons() -> None:
     assert told == (
         "Warning: The run goes on after step 40, but perhaps not to the bit as it would have without a stop. "
         "torch was 2, and is 3 now. And so on.\n"
+    )
+
+
+def test_a_run_that_memory_made_more_frugal_is_told_with_what_it_costs() -> None:
+    event = OutOfMemoryRecovered(
+        3, "in step 3", "recompute", "layers are computed again", "Half as long again.", 1.5, 64, {}
+    )
+
+    told = shown(event, terminal=False)
+
+    assert told == (
+        "Warning: Memory ended in step 3. From now on layers are computed again. Half as long again.\n"
     )
 
 

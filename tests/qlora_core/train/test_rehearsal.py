@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qlora_core import Dataset, TextEncoder, TrainConfig, train
 from qlora_core.errors import OutOfMemoryError
 from qlora_core.nn import LoraConfig
-from qlora_core.train import Event
+from qlora_core.train import Event, Notice
 from qlora_core.train.rehearsal import rehearse
 from qlora_core.train.run import Run, prepare
 
@@ -77,3 +77,28 @@ def test_what_does_not_fit_is_told_before_the_first_step(
         in raised.value.message
     )
     assert [event.kind for event in events] == ["out_of_memory_recovered"]
+
+
+def test_a_model_without_deterministic_algorithms_is_trained_and_told(
+    load: Callable[[], PreTrainedModel],
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+    tmp_path: Path,
+) -> None:
+    model, events = load(), list[Event]()
+    seen: list[bool] = []
+
+    def put(_: Any, inputs: Any) -> None:
+        """Use an operation that torch has no deterministic algorithm for, on any device."""
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        inputs[0].detach().clone().put_(torch.tensor([0, 0]), torch.zeros(2), accumulate=False)
+
+    model.get_submodule("model.norm").register_forward_pre_hook(put)
+
+    train(model, encoder, make_dataset(4), config(n_epochs=1), events.append, output_dir=tmp_path)
+
+    (notice,) = [event for event in events if isinstance(event, Notice) and event.level == "warn"]
+    assert notice.message.startswith("A run that goes on may differ in its last bits: ")
+    assert "deterministic" in notice.message
+    assert seen[-1] is False

@@ -5,6 +5,7 @@ from qlora_core.train.events import (
     CheckpointSaved,
     DatasetProgress,
     Notice,
+    OutOfMemoryRecovered,
     ResumeNotExact,
     RunFinished,
     RunStarted,
@@ -129,6 +130,34 @@ def test_a_run_that_may_not_go_on_exactly_warns_with_the_reasons(tmp_path: Path)
         "Goes on after step 40, but perhaps not to the bit as without a stop. torch was 2, and is 3 now. And so on."
     )
     assert line.data["reasons"] == ["torch was 2, and is 3 now.", "And so on."]
+
+
+def test_memory_that_ended_is_a_warning_with_what_was_done(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+
+    with Report(path) as report:
+        sink(report)(
+            OutOfMemoryRecovered(
+                3,
+                "in step 3",
+                "smaller_passes",
+                "passes are small",
+                "More.",
+                1.25,
+                64,
+                {"rss_bytes": 9},
+            )
+        )
+
+    (line,) = Tail(path).read()
+    assert (line.level, line.kind) == ("warn", "out_of_memory_recovered")
+    assert line.message == "Memory ended in step 3. From now on passes are small. More."
+    assert line.data["memory"] == {"rss_bytes": 9}
+    assert (line.data["step"], line.data["change"], line.data["slower"]) == (
+        3,
+        "smaller_passes",
+        1.25,
+    )
 
 
 def test_every_line_is_json_whatever_the_figures(tmp_path: Path) -> None:
