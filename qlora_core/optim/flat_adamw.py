@@ -182,6 +182,11 @@ class FlatAdamW(torch.optim.Optimizer):
         """Give a parameter's copy in 16 bits, None where there is none."""
         return self._flat.working_copy(param)
 
+    @property
+    def copy_bytes(self) -> int:
+        """Bytes of the parameters' copies in 16 bits, 0 where there are none."""
+        return 0 if self._flat.copies is None else self._flat.copies.nbytes
+
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002 - torch's signature
         """Set all gradients to zero in one go; they stay where they are, whatever ``set_to_none``."""
         self._memory.page_out()  # brought for a step that was not taken

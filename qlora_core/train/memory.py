@@ -15,6 +15,7 @@ from qlora_core.errors import OutOfMemoryError
 from qlora_core.nn import NF4Linear
 from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.nf4_linear import product_dtype
+from qlora_core.optim.flat_adamw import FlatAdamW
 
 _PAGE_BYTES = resource.getpagesize()
 _STATM = Path("/proc/self/statm")
@@ -27,7 +28,8 @@ _IN_WORDS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATU
 class MemoryMeter:
     """Tells where a training step's memory went.
 
-    Kinds, in bytes: ``base_bytes`` everything frozen, ``adapter_bytes`` everything trained,
+    Kinds, in bytes: ``base_bytes`` everything frozen, ``adapter_bytes`` everything trained
+    and its copy in 16 bits where products take one,
     ``optimizer_bytes`` its moments, ``gradients_bytes``, and ``workspace_bytes`` the largest quantized
     weight while it is dense. Beside them on a GPU: ``activations_bytes``, what is left of the step's
     peak, ``allocated_bytes`` and ``reserved_bytes`` now, and ``peak_bytes`` allocated at most since the
@@ -39,14 +41,14 @@ class MemoryMeter:
         self,
         model: nn.Module,
         parameters: Sequence[nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: FlatAdamW,
         device: torch.device,
     ) -> None:
         self._parameters = parameters
         self._optimizer = optimizer
         self._device = device
         self._base_bytes = base_bytes(model)
-        self._adapter_bytes = _distinct_bytes(parameters)
+        self._adapter_bytes = _distinct_bytes(parameters) + optimizer.copy_bytes
         self._workspace_bytes = workspace_bytes(model, device)
         self._peak_bytes = 0
         self.begin_step()

@@ -4,12 +4,13 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_core.errors import ConfigError, DtypeError, ResumePointError
 from qlora_core.optim.flat_adamw import FlatAdamW
@@ -48,6 +49,58 @@ def test_in_32_bits_it_is_torchs_adamw(weight_decay: float) -> None:
 
     for mine, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine.detach(), expected.detach(), rtol=1e-6, atol=0)
+
+
+def test_tensors_of_every_odd_size_are_trained_as_each_would_be_alone() -> None:
+    sizes = [*range(1, 520, 2), 1023, 1025, 2049]
+    generator = torch.Generator().manual_seed(2)
+    widths: tuple[Bits, ...] = (32, 8)
+    for bits in widths:
+        together = [nn.Parameter(torch.rand(size, generator=generator)) for size in sizes]
+        alone = [nn.Parameter(param.detach().clone()) for param in together]
+        whole = FlatAdamW(together, bits=bits, learning_rate=0.1, weight_decay=0.1)
+        single = [
+            FlatAdamW([param], bits=bits, learning_rate=0.1, weight_decay=0.1) for param in alone
+        ]
+
+        for _ in range(2):
+            for param, other in zip(together, alone, strict=True):
+                gradient = torch.randn(param.shape, generator=generator)
+                param.grad, other.grad = gradient.clone(), gradient
+            for optimizer in (whole, *single):
+                optimizer.step()
+
+        for param, other, optimizer in zip(together, alone, single, strict=True):
+            assert torch.equal(param, other)
+            state = whole.state[param].items()
+            assert all(torch.equal(value, optimizer.state[other][name]) for name, value in state)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is told to do."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_step_over_many_tensors_is_told_in_as_many_operations_as_over_one(bits: Bits) -> None:
+    counted: list[int] = []
+    for n in (1, 40):
+        params = [nn.Parameter(torch.ones(1024 // n)) for _ in range(n)]
+        optimizer = FlatAdamW(params, bits=bits, learning_rate=0.1, copy_dtype=torch.bfloat16)
+        torch.stack([param.sum() for param in params]).sum().backward()
+        optimizer.step()
+
+        with Operations() as operations:
+            optimizer.step(divisor=3.0, loss=torch.ones(()))
+            optimizer.zero_grad()
+        counted.append(operations.n)
+
+    assert counted[1] <= counted[0]
 
 
 def test_in_8_bits_it_stays_near_32_bits() -> None:
@@ -252,6 +305,8 @@ def test_each_parameters_copy_follows_its_steps_and_changes_none(bits: Bits) -> 
             assert copy_ is not None
             assert torch.equal(copy_, param.detach().bfloat16())
     assert working_copies(without, others) == [None] * len(others)
+    assert without.copy_bytes == 0
+    assert with_copies.copy_bytes == 2 * 5120  # every tensor's blocks, and a whole tile at the end
 
 
 @pytest.mark.parametrize("wrong", [1.0, math.nan], ids=["a step", "a step that changes nothing"])
