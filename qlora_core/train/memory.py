@@ -30,8 +30,9 @@ class MemoryMeter:
 
     Kinds, in bytes: ``base_bytes`` everything frozen, ``adapter_bytes`` everything trained
     and its copy in 16 bits where products take one,
-    ``optimizer_bytes`` its moments, ``gradients_bytes``, and ``workspace_bytes`` the largest quantized
-    weight while it is dense. Beside them on a GPU: ``activations_bytes``, what is left of the step's
+    ``optimizer_bytes`` its moments, ``optimizer_resident_bytes`` those that were on the device during
+    the forward pass, ``gradients_bytes``, and ``workspace_bytes`` the largest quantized weight while it
+    is dense. Beside them on a GPU: ``activations_bytes``, what is left of the step's
     peak, ``allocated_bytes`` and ``reserved_bytes`` now, and ``peak_bytes`` allocated at most since the
     run began. On a CPU, whose allocator counts nothing: ``rss_bytes`` of the process now and
     ``peak_rss_bytes`` since it started.
@@ -54,7 +55,8 @@ class MemoryMeter:
         self.begin_step()
 
     def begin_step(self) -> None:
-        """Begin to look for a new peak."""
+        """Begin to look for a new peak; call it before the forward pass."""
+        self._paged_in_bytes = self._optimizer.resident_bytes
         if self._device.type == "cuda":
             self._peak_bytes = max(self._peak_bytes, torch.cuda.max_memory_allocated(self._device))
             torch.cuda.reset_peak_memory_stats(self._device)
@@ -63,17 +65,21 @@ class MemoryMeter:
         """Return the kinds; call it while the step's gradients are there."""
         moments = (value for state in self._optimizer.state.values() for value in state.values())
         gradients = (p.grad for p in self._parameters if p.grad is not None)
-        kinds = {
+        optimizer_bytes = _distinct_bytes(v for v in moments if isinstance(v, Tensor))
+        on_device = {
             "base_bytes": self._base_bytes,
             "adapter_bytes": self._adapter_bytes,
-            "optimizer_bytes": _distinct_bytes(v for v in moments if isinstance(v, Tensor)),
+            "optimizer_resident_bytes": self._paged_in_bytes
+            if self._optimizer.paged
+            else optimizer_bytes,
             "gradients_bytes": _distinct_bytes(gradients),
             "workspace_bytes": self._workspace_bytes,
         }
+        kinds = {**on_device, "optimizer_bytes": optimizer_bytes}
         if self._device.type == "cuda":
             step_peak_bytes = torch.cuda.max_memory_allocated(self._device)
             self._peak_bytes = max(self._peak_bytes, step_peak_bytes)
-            kinds["activations_bytes"] = max(0, step_peak_bytes - sum(kinds.values()))
+            kinds["activations_bytes"] = max(0, step_peak_bytes - sum(on_device.values()))
             return {**kinds, **measured_memory(self._device), "peak_bytes": self._peak_bytes}
         return {**kinds, **measured_memory(self._device)}
 

@@ -218,6 +218,8 @@ def prepare(
         copy_dtype=copy_dtype_of(layers, n_trained=len(parameters)),
     )
     give_working_copies(layers, optimizer)
+    if optimizer.notice is not None:
+        sink(Notice("info", optimizer.notice))
     run = Run(
         model=model,
         encoder=encoder,

@@ -149,8 +149,11 @@ def accumulate(run: Run, window: Sequence[int]) -> Accumulated:
     of_examples: list[Tensor] = []
     examples: list[int] = []
     n_tokens = 0
-    for batch in run.batching.split(run.dataset, window):
+    batches = list(run.batching.split(run.dataset, window))
+    for number, batch in enumerate(batches, start=1):
         found = run.loss_of(batch.to(run.model.device))
+        if number == len(batches):
+            run.optimizer.prefetch()  # comes while the last backward runs
         found.loss.backward()
         losses.append(found.loss.detach())
         hits.append(found.n_correct)

@@ -55,6 +55,7 @@ def test_each_kind_is_the_bytes_of_its_tensors(steps: tuple[list[Event], Path]) 
     assert memory["base_bytes"] == linears + dense + frequencies
     assert memory["adapter_bytes"] == memory["gradients_bytes"] == adapter
     assert memory["optimizer_bytes"] == 2 * adapter + 4 * len(shapes)  # and a step's number each
+    assert memory["optimizer_resident_bytes"] == memory["optimizer_bytes"]
     assert memory["workspace_bytes"] == 4 * FEED_FORWARD * WIDTH
     assert 0 < sum(memory[f"{kind}_bytes"] for kind in ("base", "adapter", "optimizer")) < memory["rss_bytes"]  # fmt: skip
     assert memory["rss_bytes"] <= memory["peak_rss_bytes"]
@@ -93,7 +94,7 @@ def test_on_a_gpu_the_kinds_add_up_to_the_steps_peak(
 
     train(model, encoder, make_dataset(8), config(), events.append, output_dir=tmp_path)
 
-    kinds = ("base", "adapter", "optimizer", "gradients", "workspace", "activations")
+    kinds = ("base", "adapter", "optimizer_resident", "gradients", "workspace", "activations")
     for memory in (event.memory for event in events if isinstance(event, StepMetrics)):
         total = sum(memory[f"{kind}_bytes"] for kind in kinds)
         assert memory["activations_bytes"] > 0
