@@ -1,20 +1,11 @@
 """Pausing a run for real: its child ends with a resume point, the slot is free, and the rest gives the unbroken run's story."""
 
-import signal
-from pathlib import Path
-
 import psutil
 from openai.types.fine_tuning import FineTuningJob
 
 from tests.e2e.conftest import Deployment, User, chat_file, training_pid, wait_until
 from tests.e2e.test_recovery import STEPS, attempts_of, submit, wait_for_a_resume_point
-
-
-def has_sigterm_waiting(process: psutil.Process) -> bool:
-    """Whether a stopped process will find that it was told to end."""
-    status = Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8")
-    waiting = int(status.partition("ShdPnd:")[2].split()[0], 16)
-    return bool(waiting >> (signal.SIGTERM - 1) & 1)
+from tests.held import held_until_told_to_end
 
 
 def is_paused(job: FineTuningJob) -> bool:
@@ -28,10 +19,8 @@ def test_a_paused_job_frees_its_slot_and_goes_on_where_it_was(
     child = psutil.Process(training_pid(service, job_id))
     wait_for_a_resume_point(service, job_id)
 
-    child.suspend()  # or a fast machine would be done before the worker has read the wish
-    asked = user.jobs.pause(job_id)
-    wait_until(lambda: has_sigterm_waiting(child), timeout_s=90, why="the child is not told")
-    child.resume()
+    with held_until_told_to_end(child):
+        asked = user.jobs.pause(job_id)
     wait_until(lambda: is_paused(user.jobs.retrieve(job_id)), timeout_s=90, why="not paused")
     is_alive = child.is_running()
     other = user.submit(chat_file(12), n_epochs=1)

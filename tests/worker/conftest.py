@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
@@ -20,8 +21,9 @@ from service.keys.actions import Caller
 from service.models.catalog import Catalog
 from service.settings import Settings
 from service.storage import Storage
-from service.tables import DEFAULT_PROJECT, Event, Job
+from service.tables import DEFAULT_PROJECT, Attempt, Event, Job
 from tests.tiny_models import save_tiny_llama
+from worker import spawn
 from worker.crew import Crew
 
 Submit = Callable[..., str]
@@ -41,6 +43,35 @@ def chat_lines(n: int, *, words: int = 4) -> list[str]:
         )
         for i in range(n)
     ]
+
+
+def wait_until(what: Callable[[], object]) -> None:
+    """Wait until `what` holds, also on a slow machine."""
+    deadline = time.monotonic() + 90
+    while not what():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.03)
+
+
+def steps_done(crew: Crew, job_id: str) -> int:
+    """How many steps its child says it has done, told or not."""
+    events = crew.context.folder(job_id, 2).events
+    whole, _, _ = (events.read_text("utf-8") if events.exists() else "").rpartition("\n")
+    return sum(json.loads(line)["type"] == "metrics" for line in whole.splitlines())
+
+
+def training_child(sessions: sessionmaker[Session], job_id: str) -> psutil.Process:
+    """The child of the job's second attempt, which is its first to train."""
+
+    def noted_pid() -> int | None:
+        with sessions() as session:
+            attempt = session.get(Attempt, (job_id, 2))
+            return None if attempt is None else attempt.pid
+
+    wait_until(noted_pid)
+    pid = noted_pid()
+    assert pid is not None
+    return psutil.Process(pid)
 
 
 @pytest.fixture(scope="session")
@@ -107,8 +138,9 @@ def submit(
 
 
 @pytest.fixture
-def crew(settings: Settings) -> Iterator[Crew]:
+def crew(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Crew]:
     """A worker's slots in this process, with real children; no Celery, so it must be rung or it polls."""
+    monkeypatch.setattr(spawn, "_CLOSE_S", 0.1)  # at the end the spare child still imports torch
     crew = Crew(settings)
     crew.start()
     yield crew

@@ -1,6 +1,5 @@
 """A real run that gives its slot up for another job: nothing is trained twice, nothing is counted."""
 
-import time
 from collections.abc import Callable
 
 from sqlalchemy import select
@@ -9,10 +8,18 @@ from sqlalchemy.orm import Session, sessionmaker
 from service.db import transaction
 from service.jobs import wishes
 from service.tables import DEFAULT_PROJECT, Attempt, Event, Job
-from tests.worker.conftest import Await, Submit, chat_lines
+from tests.held import held_until_told_to_end
+from tests.worker.conftest import (
+    Await,
+    Submit,
+    chat_lines,
+    steps_done,
+    training_child,
+    wait_until,
+)
 from worker.crew import Crew
 
-STEPS = 160  # longer than it takes to see a wish, on a fast machine too
+STEPS = 160
 
 
 def test_a_preempted_run_goes_on_from_where_it_was(
@@ -28,13 +35,11 @@ def test_a_preempted_run_goes_on_from_where_it_was(
     def steps() -> list[int]:
         return [e.data["step"] for e in story(job_id) if e.type == "metrics" and e.data]
 
-    deadline = time.monotonic() + 60
-    while len(steps()) < 2:
-        assert time.monotonic() < deadline, "no second step"
-        time.sleep(0.03)
-    with transaction(sessions) as session:
+    child = training_child(sessions, job_id)
+    wait_until(lambda: steps_done(crew, job_id) >= 2)
+    with held_until_told_to_end(child), transaction(sessions) as session:
         asked = wishes.preempt(session, DEFAULT_PROJECT, job_id)
-    job: Job = await_job(job_id, "succeeded", timeout_s=60)
+    job: Job = await_job(job_id, "succeeded")
 
     assert asked
     assert (job.attempt_no, job.lost_attempts, job.desired) == (3, 0, "run")

@@ -16,7 +16,7 @@ from operations.embedded import postgres
 from service import clock
 from service.settings import Settings
 from service.tables import Attempt, Event, Job
-from tests.worker.conftest import chat_lines
+from tests.worker.conftest import chat_lines, steps_done, training_child, wait_until
 from worker.crew import Crew
 from worker.relay import CHECKPOINT
 
@@ -31,21 +31,8 @@ def settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"lease_s": 3.0, "renew_s": 0.3})
 
 
-def wait_until(what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 90
-    while not what():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.03)
-
-
 def steps(story: Story, job_id: str) -> list[int]:
     return [e.data["step"] for e in story(job_id) if e.type == "metrics" and e.data]
-
-
-def steps_done(crew: Crew, job_id: str) -> int:
-    """How many steps its child says it has done, told or not."""
-    lines = crew.context.folder(job_id, 2).events.read_text("utf-8").splitlines()
-    return sum(json.loads(line)["type"] == "metrics" for line in lines)
 
 
 def train(crew: Crew, submit: Submit, story: Story) -> str:
@@ -56,19 +43,6 @@ def train(crew: Crew, submit: Submit, story: Story) -> str:
     crew.ring("validate")
     wait_until(lambda: len(steps(story, job_id)) >= 2)
     return job_id
-
-
-def training_child(sessions: sessionmaker[Session], job_id: str) -> psutil.Process:
-    """The child of the job's second attempt, which is its first to train."""
-
-    def noted_pid() -> int | None:
-        with sessions() as session:
-            return session.get_one(Attempt, (job_id, 2)).pid
-
-    wait_until(noted_pid)
-    pid = noted_pid()
-    assert pid is not None
-    return psutil.Process(pid)
 
 
 def test_steps_are_in_the_database_within_a_second(
