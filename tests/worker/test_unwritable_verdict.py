@@ -24,8 +24,8 @@ Refuse = Callable[[str], None]
 
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
-    """Nobody trains."""
-    return settings.model_copy(update={"train_slots": 0})
+    """Nobody trains, and after one more try a lost attempt is the job's end."""
+    return settings.model_copy(update={"train_slots": 0, "max_attempts": 2})
 
 
 @pytest.fixture
