@@ -82,9 +82,10 @@ class PinnedMemory:
         if self._rooms:
             return
         size = moment_bytes(self._piece, self._bits)
-        for place in self._places[:_ROOMS]:
-            room = torch.empty(size, dtype=torch.uint8, device=self._device)
-            self._rooms.append(room)
+        first = self._places[:_ROOMS]
+        # All of it before anything is begun: there may be no room.
+        self._rooms = [torch.empty(size, dtype=torch.uint8, device=self._device) for _ in first]
+        for place, room in zip(first, self._rooms, strict=True):
             self._arrivals.append(self._bring(place, room))
 
     def visit(self) -> Generator[tuple[slice, Moments]]:

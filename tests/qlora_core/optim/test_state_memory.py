@@ -196,6 +196,31 @@ def test_no_more_than_two_pieces_are_ever_on_the_device(monkeypatch: pytest.Monk
     assert taken == [TILE_BYTES[8]] * 4
 
 
+def test_a_prefetch_that_finds_no_room_for_its_second_piece_leaves_nothing_half_begun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    memory = in_pieces(2)(N, 32, CPU)
+    empty = torch.empty
+    left = [1]
+
+    def once(*args: Any, **kwargs: Any) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", once)
+    with pytest.raises(torch.OutOfMemoryError):
+        memory.prefetch()
+    monkeypatch.undo()
+    resident = memory.resident_bytes
+    add_places(memory)
+    memory.settle()
+
+    assert resident == 0
+    assert torch.equal(memory.home.mean, expected_after(1, "mean", 32))
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_moments_lie_side_by_side_without_a_gap_or_an_overlap(bits: Bits) -> None:
     n_bytes = moment_bytes(N, bits)
