@@ -22,7 +22,7 @@ _KINDS = {
 
 _IN_GENERAL = "Lower context_length or the adapter's r, or take a smaller base model."
 # There when nothing is computed.
-_HELD = ("base_bytes", "adapter_bytes", "optimizer_bytes", "gradients_bytes")
+_HELD = ("base_bytes", "adapter_bytes", "optimizer_resident_bytes", "gradients_bytes")
 # Of the form that did not fit, what something has to be below to count as smaller.
 _LESS = 0.9
 

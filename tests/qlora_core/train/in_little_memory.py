@@ -1,7 +1,7 @@
-"""A process of its own that trains within a limit on its memory which the system holds, and prints what it told.
+"""A process of its own that trains within a limit on its memory which system or driver hold, and prints what it told.
 
-``python -m tests.qlora_core.train.in_little_memory MODEL TRAIN.jsonl OUT CONTEXT MIB`` with so many MiB beside what it holds when
-the model is loaded; 0 for no limit.
+``python -m tests.qlora_core.train.in_little_memory MODEL TRAIN.jsonl OUT CONTEXT MIB DEVICE`` with so many MiB beside what it
+holds when the model is loaded; 0 for no limit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlora_core.nn import LoraConfig
 from qlora_core.train import Event
 
 
-def main(model: str, data: str, out: str, context: str, mib: str) -> None:
+def main(model: str, data: str, out: str, context: str, mib: str, device: str) -> None:
     torch.set_num_threads(1)
     threading.stack_size(2**18)  # stacks count, too, and are not what this is about
     encoder = TextEncoder.from_folder(Path(model))
@@ -29,10 +29,9 @@ def main(model: str, data: str, out: str, context: str, mib: str) -> None:
     settings = TrainConfig(
         batch_size=8, n_epochs=1, context_length=int(context), gradient_checkpointing=False, lora=LoraConfig(r=4)
     )  # fmt: skip
-    loaded = load_model(Path(model), device="cpu", compute_dtype=torch.float32)
+    loaded = load_model(Path(model), device=device, compute_dtype=torch.float32)
     if int(mib):
-        limit = _private_bytes() + int(mib) * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        _limit(device, int(mib) * 2**20)
     try:
         train(loaded, encoder, dataset, settings, _tell, output_dir=Path(out))
     except EngineError as error:
@@ -46,6 +45,15 @@ def _tell(event: Event) -> None:
 def _say(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
+
+
+def _limit(device: str, nbytes: int) -> None:
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + nbytes) / total)
+        return
+    limit = _private_bytes() + nbytes
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 def _private_bytes() -> int:

@@ -1,4 +1,4 @@
-"""A limit that the system holds, in a process of its own: there torch's allocator and Python's mmap really fail."""
+"""A limit that system or driver hold, in a process of its own: there torch's allocators and Python's mmap really fail."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _trained(model: Path, data: Path, out: Path, *, context: int, mib: int) -> list[dict[str, Any]]:
+def _trained(
+    model: Path, data: Path, out: Path, *, context: int, mib: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.qlora_core.train.in_little_memory"]
     done = subprocess.run(
-        [*command, str(model), str(data), str(out), str(context), str(mib)],
+        [*command, str(model), str(data), str(out), str(context), str(mib), device],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -45,12 +47,13 @@ def _of_kind(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["kind"] == kind]
 
 
-def test_a_run_that_the_system_refuses_memory_to_ends_with_the_same_loss(
-    model: Path, data: Path, tmp_path: Path
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_run_that_memory_is_refused_to_ends_with_the_same_loss(
+    device: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
-    free = _trained(model, data, tmp_path / "free", context=512, mib=0)
+    free = _trained(model, data, tmp_path / "free", context=512, mib=0, device=device)
 
-    limited = _trained(model, data, tmp_path / "limited", context=512, mib=150)
+    limited = _trained(model, data, tmp_path / "limited", context=512, mib=150, device=device)
 
     changes = [event["change"] for event in _of_kind(limited, "out_of_memory_recovered")]
     assert changes[0] == "recompute"

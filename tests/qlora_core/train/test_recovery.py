@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from qlora_core import Dataset, TextEncoder, TrainConfig, train
 from qlora_core.errors import OutOfMemoryError
 from qlora_core.nn import LoraConfig
-from qlora_core.train import Event, OutOfMemoryRecovered, StepMetrics, ValidationMetrics
+from qlora_core.train import (
+    Event,
+    OutOfMemoryRecovered,
+    ResumeNotExact,
+    StepMetrics,
+    ValidationMetrics,
+)
 from qlora_core.train.progress import Progress
 from qlora_core.train.run import Run, prepare
 from qlora_core.train.step import take_step
@@ -70,8 +76,11 @@ def go(
         validation = options.pop("validation", None)
         dropout = options.pop("dropout", 0.0)
         lora = LoraConfig(r=4, alpha=8, dropout=dropout)
+        folder = options.pop("folder", None) or tmp_path / str(next(folders))
+        stop_after = options.pop("stop_after", None)
+        resume_from = options.pop("resume_from", None)
         settings = config(**{"n_epochs": 1, "lora": lora, **options})
-        folder, events, model = tmp_path / str(next(folders)), list[Event](), load()
+        events, model = list[Event](), load()
         cap = MemoryCap(model, most_bytes if after < 0 else float("inf"))
 
         def sink(event: Event) -> None:
@@ -82,7 +91,9 @@ def go(
         gc.collect()
         with cap:
             train(
-                model, encoder, make_dataset(12), settings, sink, output_dir=folder, validation=validation
+                model, encoder, make_dataset(12), settings, sink, output_dir=folder, validation=validation,
+                resume_from=resume_from,
+                should_stop=lambda: sum(isinstance(e, StepMetrics) for e in events) == stop_after,
             )  # fmt: skip
         return Outcome(folder, events, cap)
 
@@ -149,6 +160,27 @@ def test_a_notch_is_kept_for_the_steps_that_follow(go: Go) -> None:
     assert capped.changes == ["recompute"]
     assert capped.cap.n_refused == 1
     assert len(capped.steps) == 6
+
+
+@pytest.mark.parametrize("stop_after", [2, 3, 4])
+def test_a_run_that_goes_on_keeps_its_notches_and_ends_in_the_same_bits(
+    stop_after: int, go: Go, tmp_path: Path
+) -> None:
+    small = go(gradient_checkpointing=True, micro_batch_tokens=72, dropout=0.3)
+    settings = {"n_epochs": 2, "dropout": 0.3}
+    most_bytes = 1.1 * small.cap.peak_bytes
+    unbroken = go(most_bytes, after=1, **settings)
+    before = go(most_bytes, after=1, stop_after=stop_after, folder=tmp_path / "broken", **settings)
+
+    # Its memory would suffice for the plan that it began with.
+    after = go(folder=before.folder, resume_from=before.folder / "resume", **settings)
+
+    assert unbroken.changes == before.changes == ["recompute", "smaller_passes"]
+    assert after.changes == []
+    assert not any(isinstance(event, ResumeNotExact) for event in after.events)
+    assert before.losses + after.losses == unbroken.losses
+    for name, value in unbroken.adapter.items():
+        assert torch.equal(after.adapter[name], value)
 
 
 def test_what_the_failed_pass_held_is_free_before_the_next(go: Go) -> None:
