@@ -80,7 +80,7 @@ def test_a_resume_point_belongs_to_the_adapter_that_the_run_went_on_from(
         adapter=tmp_path / "a/adapter", should_stop=lambda: True,
     )  # fmt: skip
 
-    with pytest.raises(ResumePointError, match="belongs to another run: its start"):
+    with pytest.raises(ResumePointError, match="belongs to another run: start is "):
         train(
             load(), encoder, make_dataset(4), config(), lambda _: None, output_dir=tmp_path / "run",
             adapter=tmp_path / "b/adapter", resume_from=tmp_path / "run/resume",
