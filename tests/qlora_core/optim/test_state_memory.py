@@ -1,4 +1,4 @@
-"""Memory for moments: what every kind promises, how pieces go to and fro, and that managed memory is freed once.
+"""Memory for moments: what every kind promises, how pieces come and go, and that managed memory is freed once.
 
 On a CPU the paged kinds do all that they do on a GPU but for streams: copies happen at once.
 """
