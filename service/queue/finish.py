@@ -110,9 +110,9 @@ def failed(
 
 def cancelled(session: Session, fence: Fence, *, detail: dict[str, Any] | None = None) -> None:
     """The wish to cancel is fulfilled: the child is gone and its device is free."""
-    hold(session, fence)
+    job = hold(session, fence)
     repository.end_attempt(session, fence.job_id, fence.attempt_no, "cancelled", detail)
-    _cancel(session, fence.job_id, fence.attempt_no)
+    _cancel(session, job, job.lost_attempts)
 
 
 def give_back(
@@ -161,7 +161,7 @@ def take_back(
     repository.end_attempt(session, job.id, job.attempt_no, outcome, detail)
     lost_attempts = job.lost_attempts + (1 if lost else 0)
     if job.desired == "cancel":
-        _cancel(session, job.id, job.attempt_no)
+        _cancel(session, job, lost_attempts)
         return None
     if lost_attempts >= max_attempts:
         _fail_lost(session, job, lost_attempts, reason, detail)
@@ -194,9 +194,16 @@ def take_back(
     return None if pauses else kind
 
 
-def _cancel(session: Session, job_id: str, attempt_no: int) -> None:
-    event = NewEvent("Fine-tuning job cancelled", attempt_no=attempt_no)
-    move(session, job_id, "cancelled", event, attempt_no=attempt_no, estimated_finish=None)
+def _cancel(session: Session, job: Job, lost_attempts: int) -> None:
+    move(
+        session,
+        job.id,
+        "cancelled",
+        NewEvent("Fine-tuning job cancelled", attempt_no=job.attempt_no),
+        attempt_no=job.attempt_no,
+        lost_attempts=lost_attempts,
+        estimated_finish=None,
+    )
 
 
 _HINT = "The worker's log says more."
