@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ def groups(device: str) -> list[Group]:
 
 
 def _against_reference(bits: int, device: str) -> Rows:
-    """Three steps each from the same state and the same scalars: values, moments and scales, bit for bit."""
+    """Three steps each from the same state and the same scalars: values, their copies in 16 bits, moments and scales."""
     largest = 2**20 if device == "cuda" else 8 * TILE
     cases = {
         "drawn": (3 * TILE, _drawn, 1.0),
@@ -45,26 +45,39 @@ def _against_reference(bits: int, device: str) -> Rows:
         "tiny": (2 * TILE, _drawn, 1e-30),
         "zeros": (TILE, lambda n, _: torch.zeros(n), 1.0),
     }
-    rows: Rows = []
-    for name, (n, make, size) in cases.items():
-        values, moments, steps = _drawn(n, 0), _zeros(n, bits), torch.zeros(1)
-        there = values.to(device), _on(moments, device)
-        settings = AdamWSettings(1e-2, weight_decay=0.1, max_grad_norm=1.0)
-        row: dict[str, Any] = {"gradients": name, "n": n, "steps": 3}
-        for step in range(3):
-            gradients = make(n, step + 1) * size
-            scalars = begin_step(steps, torch.linalg.vector_norm(gradients), settings)
-            reference.adamw_step(values, gradients, moments, scalars, settings)
-            launch_adamw(
-                there[0], gradients.to(device), there[1], scalars.to(device), settings
-            )  # fmt: skip
-        row["wrong_values"] = _differing(there[0], values)
-        for field in fields(moments):
-            row[f"wrong_{field.name}"] = _differing(
-                getattr(there[1], field.name), getattr(moments, field.name)
-            )
-        rows.append(row)
-    return rows
+    return [
+        {"gradients": name, "n": n, "copies": str(dtype)}
+        | _differences(bits, n, lambda step, n=n, make=make, size=size: make(n, step) * size, dtype, device)
+        for name, (n, make, size) in cases.items()
+        for dtype in (torch.bfloat16, torch.float16)
+    ]  # fmt: skip
+
+
+def _differences(
+    bits: int, n: int, gradients_of: Callable[[int], Tensor], dtype: torch.dtype, device: str
+) -> dict[str, int]:
+    """Count what is another number after three steps of the kernel than after three of the reference."""
+    values, moments, steps = _drawn(n, 0), _zeros(n, bits), torch.zeros(1)
+    there, moments_there = values.to(device, copy=True), _on(moments, device)
+    copies = torch.full((n,), torch.nan, dtype=dtype, device=device)
+    settings = AdamWSettings(1e-2, weight_decay=0.1, max_grad_norm=1.0, gradient_divisor=3.0)
+    for step in range(1, 4):
+        gradients = gradients_of(step)
+        norm = torch.linalg.vector_norm(gradients) / settings.gradient_divisor
+        scalars = begin_step(steps, norm, settings)
+        reference.adamw_step(values, gradients, moments, scalars, settings)
+        launch_adamw(
+            there, gradients.to(device), moments_there, scalars.to(device), settings, copies
+        )
+    return {
+        "wrong_values": _differing(there, values),
+        "wrong_copies": _differing(copies, values.to(dtype)),
+    } | {
+        f"wrong_{field.name}": _differing(
+            getattr(moments_there, field.name), getattr(moments, field.name)
+        )
+        for field in fields(moments)
+    }
 
 
 def _against_torch(device: str) -> Rows:
@@ -135,13 +148,14 @@ def _launch(values: Tensor, gradients: Tensor, moments: Moments, steps: Tensor) 
     launch_adamw(values, there, moments, scalars, settings)
 
 
-def kernel_alone(elements: int, bits: int, device: str) -> Action:
-    """Give a launch of the kernel over so many elements, rounded up to whole tiles."""
+def kernel_alone(elements: int, bits: int, device: str, *, copies: bool) -> Action:
+    """Give a launch of the kernel over so many elements, rounded up to whole tiles, with copies in bfloat16 or without."""
     n = -(-elements // TILE) * TILE
     values, gradients = (torch.randn(n, device=device) for _ in range(2))
     settings, moments = AdamWSettings(1e-4), _on(_zeros(n, bits), device)
     scalars = begin_step(torch.zeros(1, device=device), gradients.norm(), settings)
-    return partial(launch_adamw, values, gradients, moments, scalars, settings)
+    written = torch.empty_like(values, dtype=torch.bfloat16) if copies else None
+    return partial(launch_adamw, values, gradients, moments, scalars, settings, written)
 
 
 def _drawn(n: int, seed: int) -> Tensor:
