@@ -49,7 +49,7 @@ class Settings(BaseSettings):
 
     max_upload_bytes: int = Field(default=512_000_000, ge=1)
     min_free_bytes: int = Field(default=200_000_000, ge=0)
-    """An upload that would leave less free disk than this is refused (507)."""
+    """An upload that would leave less free disk than this is refused (507), and no attempt begins that would."""
     max_stored_bytes: int = Field(default=100_000_000_000, ge=1)
     """Per project: what its files, uploaded or produced, may have together; an upload beyond it is refused (413).
     What jobs produce counts and is never refused."""
@@ -65,9 +65,13 @@ class Settings(BaseSettings):
     """How often the API process looks for ended leases and for work that nobody took."""
     stop_grace_s: float = Field(default=30.0, gt=0)
     max_attempts: int = Field(default=3, ge=1)
-    """A job whose worker was lost this often fails with worker_lost."""
+    """A job whose worker was lost this often in a row fails with worker_lost."""
     train_slots: int | None = Field(default=None, ge=0)
     """Training slots of a worker: None is one per GPU, or one on the CPU where there is no GPU."""
+    train_time_s: int | None = Field(default=None, ge=1)
+    """How long a job may train, all its attempts together; a job's own max_time_s may be shorter."""
+    train_memory_bytes: int | None = Field(default=None, ge=1 << 30)
+    """What a training process may allocate where it trains on the CPU; None is as much as there is."""
     validate_slots: int = Field(default=1, ge=0)
     validate_memory_bytes: int = Field(default=4 << 30, ge=1 << 28)
     """What the process that checks a file may allocate."""

@@ -79,7 +79,7 @@ class AttemptFolder:
         write_json(self.lease, {"until_boottime": until_boottime}, durable=False)
 
     def log_tail(self) -> str:
-        """Return the end of the child's log, cut at a line where possible; empty if there is none."""
+        """Return the end of the child's log, cut at a line, or else at a word; empty if there is none."""
         try:
             with self.log.open("rb") as log:
                 log.seek(0, os.SEEK_END)
@@ -88,8 +88,8 @@ class AttemptFolder:
                 tail = log.read()
         except OSError:
             return ""
-        if start and b"\n" in tail:
-            tail = tail.split(b"\n", 1)[1]
+        if start:  # half a folder's name would not be recognised as one
+            tail = tail.partition(b"\n")[2] or tail.partition(b" ")[2]
         text = tail.decode("utf-8", "replace").strip()
         return text.replace("\0", "\N{REPLACEMENT CHARACTER}")  # which PostgreSQL cannot store
 

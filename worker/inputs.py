@@ -17,6 +17,7 @@ from worker.checkpoints import publish
 from worker.context import WorkerContext, outlast
 from worker.folder import AttemptFolder, write_json
 from worker.relay import CHECKPOINT, Line, Tail, tell_lines
+from worker.room import ATTEMPT_BYTES, check_room
 
 log = get_logger(__name__)
 
@@ -69,6 +70,8 @@ def prepare(
             code="model_not_found",
             param="model",
         )
+    kept_free = context.settings.min_free_bytes
+    check_room(folder.path, needed_bytes=ATTEMPT_BYTES, kept_free_bytes=kept_free)
     training = _fetch(context, claim, folder, "training_file", job.training_file, give_up)
     validation = (
         None
@@ -92,7 +95,10 @@ def prepare(
         "sample_prompts": job.spec.get("sample_prompts", []),
         "resume_from": None if resume is None else str(resume.folder),
         "device": device,
-        "memory_bytes": context.settings.validate_memory_bytes,
+        "min_free_bytes": kept_free,
+        "memory_bytes": context.settings.validate_memory_bytes
+        if claim.kind == "validate"
+        else context.settings.train_memory_bytes,
         "time_s": context.settings.validate_time_s,
     }
     write_json(folder.spec, spec)

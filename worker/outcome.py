@@ -15,11 +15,14 @@ from service.queue import finish
 from service.queue.broker import Kind
 from service.queue.claim import Claim
 from service.queue.fence import hold
+from service.settings import Settings
 from worker.context import WorkerContext
 from worker.folder import AttemptFolder
-from worker.reasons import DISK_FULL_STATUS, disk_full
+from worker.limits import TimeLimit
+from worker.log_tail import public_log_tail
+from worker.reasons import DISK_FULL_STATUS, disk_full, out_of_memory
 
-Cause = Literal["cancel", "pause", "preempt", "shutdown"]
+Cause = Literal["cancel", "time_limit", "pause", "preempt", "shutdown"]
 """Why the supervisor stopped a child; None where it ended by itself."""
 
 _STOPPED = {
@@ -42,10 +45,29 @@ class Verdict:
     detail: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
+_MEMORY_ENDED = ("memory allocation of", "std::bad_alloc")
+"""What Rust and C++ say before they abort for want of memory."""
+
+
 def judge(
-    kind: Kind, folder: AttemptFolder, exit_status: int, cause: Cause | None, *, time_s: int
+    kind: Kind,
+    folder: AttemptFolder,
+    exit_status: int,
+    cause: Cause | None,
+    settings: Settings,
+    *,
+    time_limit: TimeLimit | None = None,
 ) -> Verdict:
-    """Read a dead child's result and decide. `exit_status`: negative is a signal's number, as in subprocess."""
+    """Read a dead child's result and decide.
+
+    Args:
+        kind: of work.
+        folder: of the attempt.
+        exit_status: negative is a signal's number, as in subprocess.
+        cause: why it was stopped.
+        settings: the limits, and the folders that its log may name.
+        time_limit: of the training; needed where that is the cause.
+    """
     result = folder.read_result() or {}
     detail: dict[str, Any] = {"exit_status": exit_status, "versions": result.get("versions")}
     outcome = result.get("outcome")
@@ -53,18 +75,24 @@ def judge(
         return Verdict("succeeded", result=result, detail=detail)
     if cause == "cancel":
         return Verdict("cancelled", detail=detail)
+    detail[finish.LOG_TAIL] = public_log_tail(folder, settings)
     if outcome == "failed" and isinstance(result.get("error"), dict):
         error = cast("finish.JobError", result["error"])
         return Verdict("failed", result=result, error=error, detail=detail)
+    if cause == "time_limit" and time_limit is not None:
+        return Verdict("failed", error=time_limit.error(), detail=detail)
     if cause is not None:
         return Verdict("requeue", reason=_STOPPED[cause], detail=detail)
     detail["log_tail"] = folder.log_tail()
     if exit_status == DISK_FULL_STATUS:
         return Verdict("failed", error=disk_full(), detail=detail)
     if kind == "validate" and exit_status in (-signal.SIGALRM, -signal.SIGXCPU):
-        return Verdict("failed", error=_too_slow(time_s), detail=detail)
-    if kind == "validate" and "memory allocation of" in detail["log_tail"]:
-        return Verdict("failed", error=_too_big(), detail=detail)
+        return Verdict("failed", error=_too_slow(settings.validate_time_s), detail=detail)
+    if exit_status == -signal.SIGABRT and any(
+        words in detail["log_tail"] for words in _MEMORY_ENDED
+    ):
+        error = _too_big() if kind == "validate" else out_of_memory()
+        return Verdict("failed", error=error, detail=detail)
     return Verdict("requeue", lost=True, reason=_death(exit_status), detail=detail)
 
 

@@ -8,8 +8,19 @@ from typing import Any
 JobError = dict[str, Any]
 """{code, message, param} and, where there is one, hint; see `service.queue.finish`."""
 
+
+class NoRoom(OSError):
+    """There is less room on a disk than what is to be written will take; nothing of it was written."""
+
+    def __init__(self, message: str) -> None:
+        """`message` is what the user reads: how much is needed, and how much is free."""
+        super().__init__(errno.ENOSPC, message)
+
+
 DISK_FULL_STATUS = 28
 """A child that cannot even write its result ends with this exit status."""
+
+OUT_OF_MEMORY_HINT = "Use a smaller batch_size, context_length or lora_r, or a smaller base model."
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _SAID = re.compile(
@@ -40,11 +51,22 @@ def told(error: Exception) -> str:
     return str(error)
 
 
-def disk_full() -> JobError:
-    """Return the reason "the disk is full"."""
+def disk_full(error: BaseException | None = None) -> JobError:
+    """Return the reason "the disk is full", in the words of `error` where that is a `NoRoom`."""
+    message = "There is no room left on the disk of the machine that worked on this job."
     return {
         "code": "disk_full",
-        "message": "There is no room left on the disk of the machine that worked on this job.",
+        "message": str(error.strerror) if isinstance(error, NoRoom) else message,
         "param": None,
         "hint": "Free some space there, then create the job again; earlier checkpoints are kept.",
+    }
+
+
+def out_of_memory() -> JobError:
+    """Return the reason "memory has ended", where nothing is known of where it went."""
+    return {
+        "code": "out_of_memory",
+        "message": "There was not enough memory to go on.",
+        "param": None,
+        "hint": OUT_OF_MEMORY_HINT,
     }

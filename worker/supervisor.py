@@ -22,6 +22,7 @@ from worker.context import GivenUp, WorkerContext, outlast
 from worker.folder import AttemptFolder
 from worker.inputs import InputsMissing, prepare
 from worker.lease import LeaseKeeper
+from worker.limits import TimeLimit, time_limit
 from worker.outcome import Cause, Verdict, apply, judge
 from worker.reasons import disk_full, is_disk_full, told
 from worker.relay import Relay
@@ -74,6 +75,7 @@ class Supervisor:
             renew_s=context.settings.renew_s,
             held_since=held_since,
         )
+        self._time_limit: TimeLimit | None = None
 
     def run(self) -> None:
         """Run the attempt to its end and write what came of it. Nothing is written once the job is another's."""
@@ -112,11 +114,16 @@ class Supervisor:
                 device=self._device,
                 give_up=self._give_up,
             )
+            self._time_limit = outlast(
+                lambda: time_limit(self._context, self._claim), wait=self._give_up.wait
+            )
         except InputsMissing as error:
             reason = {"code": error.code, "message": error.message, "param": error.param}
             return Verdict("failed", error=reason)
         except (ServiceError, OSError) as error:
             return _no_room_or_no_answer(error)
+        if self._time_limit is not None and self._time_limit.is_over():
+            return Verdict("failed", error=self._time_limit.error())
         return None
 
     def _train_or_validate(self) -> Verdict | None:
@@ -152,7 +159,8 @@ class Supervisor:
             self._folder,
             exit_status,
             cause,
-            time_s=self._context.settings.validate_time_s,
+            self._context.settings,
+            time_limit=self._time_limit,
         )
 
     def _note_start(self, child: Child) -> None:
@@ -198,6 +206,8 @@ class Supervisor:
         desired = self._keeper.desired
         if desired == "cancel":
             return "cancel"
+        if self._time_limit is not None and self._time_limit.is_over():
+            return "time_limit"
         if self._claim.kind == "train" and (desired == "pause" or desired == "preempt"):
             return desired
         return "shutdown" if self._stopping.is_set() else None
@@ -247,7 +257,7 @@ class Supervisor:
 def _no_room_or_no_answer(error: Exception) -> Verdict:
     """The disk is full: say so and end. Anything else passes: try again, but not forever."""
     if isinstance(error, StorageFull) or is_disk_full(error):
-        return Verdict("failed", error=disk_full())
+        return Verdict("failed", error=disk_full(error))
     if isinstance(error, AdapterIncomplete):
         reason = {"code": "adapter_incomplete", "message": str(error), "param": None}
         return Verdict("failed", error=reason)

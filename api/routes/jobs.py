@@ -30,6 +30,8 @@ class JobErrorOut(BaseModel):
     message: str
     param: str | None = None
     hint: str | None = None
+    log_tail: str | None = None
+    """The last lines of what its process said, without this service's folders and secrets."""
 
 
 class JobOut(BaseModel):

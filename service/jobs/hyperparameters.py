@@ -69,6 +69,12 @@ class Hyperparameters(BaseModel):
         schema("number", exclusiveMinimum=0, maximum=1),
     ] = None
     """The peak learning rate itself; wins over the multiplier."""
+    max_time_s: Annotated[
+        int | Auto | None,
+        BeforeValidator(whole(1, 31_536_000)),
+        schema("integer", minimum=1, maximum=31_536_000),
+    ] = None
+    """Fail with time_limit after so many seconds of training, all attempts together."""
     lora_r: Annotated[
         int | Auto | None,
         BeforeValidator(whole(1, 256)),

@@ -26,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
 }
 """What does not depend on the data or on each other."""
 DEFAULT_WARMUP_RATIO = 0.03
-ONLY_IF_GIVEN = ("max_steps", "warmup_steps", "lora_exclude_modules")
+ONLY_IF_GIVEN = ("max_steps", "max_time_s", "warmup_steps", "lora_exclude_modules")
 """What has no value that means "none"."""
 
 _TARGET_EPOCHS = 3

@@ -13,7 +13,10 @@ from service.queue.fence import Fence, hold
 from service.tables import Job
 
 JobError = dict[str, Any]
-"""A job's `error`: {code, message, param} and, where there is one, hint."""
+"""A job's `error`: {code, message, param} and, where there is one, hint and log_tail."""
+
+LOG_TAIL = "public_log_tail"
+"""Of an attempt's detail: the end of its child's log as users may read it (`worker.log_tail`)."""
 
 
 def validated(
@@ -95,7 +98,7 @@ def failed(
         cancelled(session, fence, detail=detail)
         return
     repository.end_attempt(session, fence.job_id, fence.attempt_no, "failed", detail)
-    values: dict[str, Any] = {"error": error, "estimated_finish": None}
+    values: dict[str, Any] = {"error": _with_log_tail(error, detail), "estimated_finish": None}
     if report is not None:
         values["dataset_report"] = report
     move(
@@ -133,8 +136,8 @@ def give_back(
         fence: the attempt.
         lost: whether this counts towards `max_attempts` (a death does; a pause, a preemption, a worker's stop do not).
         reason: ends the sentence "The job goes back to the queue: …".
-        max_attempts: a job lost this often fails.
-        detail: kept with the attempt, for the operator: a log's end quotes this machine's folders.
+        max_attempts: a job lost this often in a row fails.
+        detail: kept with the attempt, for the operator; of it only `LOG_TAIL` gets into the job's error.
 
     Returns:
         The kind of work that waits now, None if none does: the job is paused, or has ended.
@@ -159,7 +162,7 @@ def take_back(
     pauses = kind == "train" and job.desired == "pause"
     outcome = "lost" if lost else "paused" if pauses else "requeued"
     repository.end_attempt(session, job.id, job.attempt_no, outcome, detail)
-    lost_attempts = job.lost_attempts + (1 if lost else 0)
+    lost_attempts = job.lost_attempts + 1 if lost else 0  # what was stopped in good order was alive
     if job.desired == "cancel":
         _cancel(session, job, lost_attempts)
         return None
@@ -218,7 +221,7 @@ def _fail_lost(
     was_killed = detail is not None and detail.get("exit_status") == -signal.SIGKILL
     error: JobError = {
         "code": "worker_lost",
-        "message": f"The job was lost {lost_attempts} times, the last time because {reason}.",
+        "message": f"The job was lost {lost_attempts} times in a row, the last time because {reason}.",
         "param": None,
         "hint": _MEMORY_HINT if was_killed else _HINT,
     }
@@ -228,10 +231,15 @@ def _fail_lost(
         "failed",
         _failure_event(error, job.attempt_no),
         attempt_no=job.attempt_no,
-        error=error,
+        error=_with_log_tail(error, detail),
         lost_attempts=lost_attempts,
         estimated_finish=None,
     )
+
+
+def _with_log_tail(error: JobError, detail: dict[str, Any] | None) -> JobError:
+    tail = (detail or {}).get(LOG_TAIL)
+    return error | {"log_tail": tail} if tail else error
 
 
 def _failure_event(error: JobError, attempt_no: int) -> NewEvent:

@@ -73,6 +73,16 @@ def earlier_attempts(session: Session, fence: Fence) -> list[int]:
     return [attempt.attempt_no for attempt in attempts]
 
 
+def time_spent_s(session: Session, fence: Fence) -> float:
+    """Return how long the job's earlier training attempts took together; of a lost one until its loss was seen."""
+    attempts = repository.training_attempts_before(session, fence.job_id, fence.attempt_no)
+    return sum(
+        (attempt.ended_at - attempt.started_at).total_seconds()
+        for attempt in attempts
+        if attempt.ended_at is not None
+    )
+
+
 def ended_among(session: Session, job_ids: Sequence[str]) -> set[str]:
     """Return which of these jobs have ended, so that nobody will take up their attempts."""
     return repository.ended_among(session, job_ids)

@@ -8,10 +8,10 @@ import traceback
 
 from qlora_core.errors import DatasetError, EngineError, ModelError
 from service.models.actions import ModelUnavailable
-from worker.reasons import JobError, disk_full, is_disk_full
+from worker.reasons import OUT_OF_MEMORY_HINT, JobError, disk_full, is_disk_full, out_of_memory
 
 _HINTS = {
-    "out_of_memory": "Use a smaller batch_size, context_length or lora_r, or a smaller base model.",
+    "out_of_memory": OUT_OF_MEMORY_HINT,
     "loss_not_finite": "Use a smaller learning_rate, or look for odd examples in the training file.",
     "model_weights_pickle": "Convert the weights to safetensors.",
     "invalid_lora_target_modules": "Leave lora_target_modules out to adapt every linear layer.",
@@ -27,10 +27,10 @@ def explain(error: BaseException) -> JobError:
         traceback.print_exception(error)
         return _reason("model_unavailable", str(error), "model")
     if is_disk_full(error):
-        return disk_full()
-    if isinstance(error, MemoryError) or _is_device_out_of_memory(error):
+        return disk_full(error)
+    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
         traceback.print_exception(error)
-        return _reason("out_of_memory", "There was not enough memory to go on.", None)
+        return out_of_memory()
     traceback.print_exception(error)
     return _reason(
         "internal_error",
@@ -54,6 +54,9 @@ def _param(error: EngineError) -> str | None:
     return None
 
 
-def _is_device_out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")  # not imported for this: a validating child has no torch
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+def _is_torch_out_of_memory(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # not imported for this: a validating child has none
+        return False
+    from qlora_core.train.memory import OUT_OF_MEMORY, is_out_of_memory
+
+    return isinstance(error, OUT_OF_MEMORY) and is_out_of_memory(error)

@@ -4,6 +4,7 @@ Importing this module imports torch and transformers, which is what a spare chil
 here touches a GPU before `run`.
 """
 
+import resource
 import signal
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,9 @@ from service.models.actions import resolve_folder
 from worker.child.lease import wait_until_ours
 from worker.child.plan import base_model, train_config
 from worker.child.report import Report, sink
+from worker.child.room import bytes_on_disk
 from worker.folder import AttemptFolder
+from worker.room import check_room
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 
@@ -51,12 +54,19 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         return wish.came
 
     device = str(spec["device"])
+    if device == "cpu" and spec["memory_bytes"] is not None:
+        _limit_memory(int(spec["memory_bytes"]))
     model_folder = resolve_folder(base_model(spec), Path(spec["model_cache"]))
     config = train_config(spec, model_folder)
     # The job's own time: a template that prints the date prints the same one in every attempt.
     encoder = TextEncoder.from_folder(model_folder, now=spec["now"])
     dataset = _dataset(spec["training_file"], encoder, config, folder, report)
     validation = spec["validation_file"]
+    check_room(
+        folder.run,
+        needed_bytes=bytes_on_disk(model_folder, config, dataset.lengths),
+        kept_free_bytes=int(spec["min_free_bytes"]),
+    )
     model = load_model(model_folder, device=device, compute_dtype=usual_compute_dtype(device))
     result = train(
         model,
@@ -74,6 +84,14 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         base_model_name_or_path=public_name(spec),
     )
     return _as_result(folder, result)
+
+
+def _limit_memory(memory_bytes: int) -> None:
+    """Cap what this process may allocate, files that it maps apart. Where it ends, the engine first tries more frugally.
+
+    Not where there is a GPU: its driver maps far more than it uses.
+    """
+    resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
 
 
 def public_name(spec: dict[str, Any]) -> str:

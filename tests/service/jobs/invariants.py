@@ -93,15 +93,24 @@ def _check_waits_or_ends(job: Row, outbox: list[str]) -> None:
 
 def _check_losses(job: Row, attempts: list[Row], max_attempts: int) -> None:
     kind = "validate" if job.status == "validating_files" else "train"
-    lost = {
-        wanted: sum(a.outcome == "lost" for a in attempts if a.kind == wanted)
-        for wanted in ("validate", "train")
-    }
+    lost = {wanted: _lost_in_a_row(attempts, wanted) for wanted in ("validate", "train")}
     if job.status in ENDED:
         assert job.lost_attempts in (lost["validate"], lost["train"])
         assert job.lost_attempts <= max_attempts
     else:
         assert job.lost_attempts == lost[kind] < max_attempts
+
+
+def _lost_in_a_row(attempts: list[Row], kind: str) -> int:
+    """How many of the last attempts of a kind were lost since one was stopped in good order."""
+    count = 0
+    for attempt in attempts:
+        if attempt.kind != kind:
+            continue
+        if attempt.outcome in ("requeued", "paused"):
+            count = 0
+        count += attempt.outcome == "lost"
+    return count
 
 
 def _check_story(job: Row, events: list[Row]) -> None:

@@ -10,6 +10,7 @@ from service.db import transaction
 from service.jobs.state import Fenced
 from service.queue import finish, lease
 from service.queue.claim import Claim
+from service.queue.finish import LOG_TAIL
 from service.tables import Attempt, Event, Job, Outbox
 
 MakeJob = Callable[..., str]
@@ -161,7 +162,7 @@ def test_the_last_allowed_loss_fails_the_job_with_the_reason(
                     lost=True,
                     reason="its process was killed",
                     max_attempts=2,
-                    detail={"log_tail": "the end"},
+                    detail={"log_tail": "/srv: the end", LOG_TAIL: "<data>: the end"},
                 )
             )
 
@@ -171,9 +172,43 @@ def test_the_last_allowed_loss_fails_the_job_with_the_reason(
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
     assert "its process was killed" in job.error["message"]
-    # A log quotes folders of the server: it is the operator's.
-    assert "log_tail" not in job.error
-    assert session.get_one(Attempt, (job_id, 2)).detail == {"log_tail": "the end"}
+    assert "2 times in a row" in job.error["message"]
+    # A log quotes folders of the server: as it is it is the operator's.
+    assert job.error["log_tail"] == "<data>: the end"
+    assert session.get_one(Attempt, (job_id, 2)).detail == {
+        "log_tail": "/srv: the end",
+        LOG_TAIL: "<data>: the end",
+    }
+
+
+def test_a_failure_shows_the_logs_end(
+    make_job: MakeJob, make_claim: MakeClaim, session: Session, sessions: sessionmaker[Session]
+) -> None:
+    job_id = make_job()
+    fence = claimed(make_claim()).fence
+    error = {"code": "loss_not_finite", "message": "NaN", "param": None}
+
+    with transaction(sessions) as tx:
+        finish.failed(tx, fence, error, detail={LOG_TAIL: "the end"})
+
+    assert session.get_one(Job, job_id).error == error | {"log_tail": "the end"}
+
+
+def test_a_stop_in_good_order_between_losses_begins_their_count_anew(
+    make_job: MakeJob, make_claim: MakeClaim, session: Session, sessions: sessionmaker[Session]
+) -> None:
+    job_id = make_job()
+    counts: list[int] = []
+
+    for lost in (True, True, False, True, True, True):
+        fence = claimed(make_claim()).fence
+        with transaction(sessions) as tx:
+            finish.give_back(tx, fence, lost=lost, reason="it ended", max_attempts=3)
+        session.expire_all()
+        counts.append(session.get_one(Job, job_id).lost_attempts)
+
+    assert counts == [1, 2, 0, 1, 2, 3]
+    assert session.get_one(Job, job_id).status == "failed"
 
 
 @pytest.mark.parametrize(
