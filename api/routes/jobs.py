@@ -26,6 +26,8 @@ _METADATA = re.compile(r"metadata\[(.*)\]", re.DOTALL)
 class JobErrorOut(BaseModel):
     """Why a job failed."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     code: str
     message: str
     param: str | None = None
