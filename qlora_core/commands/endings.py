@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from qlora_core.errors import EngineError
+from qlora_core.out_of_memory import is_out_of_memory
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -42,7 +43,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             where = error.filename2 or error.filename or "a file"
             _end(f"{where}: {error.strerror or error}")
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             _end(
                 "there is too little memory for that on the device; use a smaller model, or the CPU"
@@ -51,12 +52,6 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(INTERRUPTED) from None
 
     return run
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Tell torch's own error, and what its allocator says on a CPU, from a mistake of ours."""
-    named = type(error).__name__ in ("MemoryError", "OutOfMemoryError")
-    return named or "can't allocate memory" in str(error)
 
 
 def _end(message: str) -> NoReturn:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import resource
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,10 @@ from qlora_core.nn import NF4Linear
 from qlora_core.nn.nf4_experts import NF4Stack
 from qlora_core.nn.nf4_linear import product_dtype
 from qlora_core.optim.flat_adamw import FlatAdamW
+from qlora_core.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 
 _PAGE_BYTES = resource.getpagesize()
 _STATM = Path("/proc/self/statm")
-# What may say that memory has ended; `is_out_of_memory` tells which do.
-OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError)
-# Where torch raises a plain RuntimeError: its CPU allocator, the driver's calls, and cuBLAS.
-_IN_WORDS = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class MemoryMeter:
@@ -135,12 +131,3 @@ def out_of_memory_named(device: torch.device) -> Iterator[None]:
             f"The {device.type} ran out of memory ({used}). Lower micro_batch_tokens or "
             "context_length, or turn gradient_checkpointing on."
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, one of `OUT_OF_MEMORY`, says that memory has ended."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    return any(words in str(error) for words in _IN_WORDS)

@@ -12,10 +12,11 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from qlora_core.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from qlora_core.quant.workspace import release_idle
 from qlora_core.train.events import OutOfMemoryRecovered
 from qlora_core.train.free_memory import return_freed
-from qlora_core.train.memory import OUT_OF_MEMORY, is_out_of_memory, measured_memory
+from qlora_core.train.memory import measured_memory
 from qlora_core.train.notches import make_more_frugal
 from qlora_core.train.out_of_memory import out_of_memory
 from qlora_core.train.random_states import random_states, restore_random_states

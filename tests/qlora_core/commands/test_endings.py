@@ -22,6 +22,7 @@ from qlora_core.errors import ConfigError
         (MemoryError(), "too little memory"),
         (torch.OutOfMemoryError("CUDA out of memory"), "too little memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "too little memory"),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), "too little memory"),
     ],
     ids=repr,
 )
