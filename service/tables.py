@@ -112,6 +112,17 @@ class Job(Base):
         CheckConstraint("desired IN ('run','pause','preempt','cancel')", name="desired"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
         Index(
+            "ix_jobs_turn",  # of each project the next one to be claimed
+            "status",
+            "project_id",
+            text("priority DESC"),
+            "created_at",
+            "id",
+            postgresql_where=text(
+                "lease_owner IS NULL AND status IN ('validating_files','queued')"
+            ),
+        ),
+        Index(
             "ix_jobs_claim",
             "status",
             "priority",
@@ -152,6 +163,10 @@ class Job(Base):
     # The queue.
     priority: Mapped[int] = mapped_column(server_default=text("0"))  # higher first
     not_before: Mapped[datetime | None]
+    memory_needed_bytes: Mapped[int | None] = mapped_column(
+        BigInteger
+    )  # on a GPU, as validation estimated it; None: unknown, so it is tried anywhere
+    unfit_told_at: Mapped[datetime | None]  # when its story said that no worker's GPU has as much
     attempt_no: Mapped[int] = mapped_column(server_default=text("0"))  # the fence
     lost_attempts: Mapped[int] = mapped_column(server_default=text("0"))
     lease_owner: Mapped[str | None]  # a worker's id; None: nobody works on it
@@ -290,7 +305,9 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(primary_key=True)  # new at each start: an incarnation
     host: Mapped[str]
     pid: Mapped[int]
-    slots: Mapped[dict[str, Any]]  # {"train": n, "validate": n, "devices": [{name, memory_bytes}]}
+    slots: Mapped[
+        dict[str, Any]
+    ]  # {"train": n, "validate": n, "devices": [{name, memory_bytes, …}]}
     started_at: Mapped[datetime]
     seen_at: Mapped[datetime]
     stopped_at: Mapped[datetime | None]

@@ -124,12 +124,7 @@ class Crew:
         """What others are told of the slots; one whose GPU does not work is none."""
         working = [slot.place for slot in self.slots if slot.problem is None]
         training = [place for place in working if place.kind == "train"]
-        devices: list[dict[str, Any]] = [
-            {"name": "cpu", "memory_bytes": None}
-            if place.gpu is None
-            else {"name": place.gpu.name, "memory_bytes": place.gpu.memory_bytes}
-            for place in training
-        ]
+        devices: list[dict[str, Any]] = [_shown_device(place.gpu) for place in training]
         problems = [slot.problem for slot in self.slots if slot.problem is not None]
         return WorkerSlots(
             train=len(training),
@@ -179,6 +174,17 @@ class Crew:
             for kind in kinds:
                 self.ring(kind)
                 self.context.doorbell.kick(kind)
+
+
+def _shown_device(device: Gpu | None) -> dict[str, Any]:
+    if device is None:
+        return {"name": "cpu", "memory_bytes": None, "free_memory_bytes": None, "driver": None}
+    return {
+        "name": device.name,
+        "memory_bytes": device.memory_bytes,
+        "free_memory_bytes": gpu.free_memory(device),
+        "driver": device.driver,
+    }
 
 
 def _all_end(slots: list[Slot]) -> bool:

@@ -14,6 +14,7 @@ class Gpu:
     uuid: str
     name: str
     memory_bytes: int
+    driver: str | None = None
 
 
 def discover() -> list[Gpu]:
@@ -23,18 +24,35 @@ def discover() -> list[Gpu]:
     except pynvml.NVMLError:
         return []
     try:
-        found = [_describe(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        driver = _text(pynvml.nvmlSystemGetDriverVersion())
+        found = [_describe(index, driver) for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
     return _allowed(found, os.environ.get("CUDA_VISIBLE_DEVICES"))  # noqa: TID251  (the driver's own)
 
 
-def _describe(index: int) -> Gpu:
+def free_memory(gpu: Gpu) -> int | None:
+    """Return how much of the GPU's memory nobody uses now; None: the driver does not say."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle).free)
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _describe(index: int, driver: str) -> Gpu:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     return Gpu(
         uuid=_text(pynvml.nvmlDeviceGetUUID(handle)),
         name=_text(pynvml.nvmlDeviceGetName(handle)),
         memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+        driver=driver,
     )
 
 

@@ -145,6 +145,7 @@ def apply(
                 claim.fence,
                 report=verdict.result["report"],
                 hyperparameters=verdict.result["hyperparameters"],
+                memory_needed_bytes=verdict.result.get("memory_needed_bytes"),
             )
         return "train"
     with context.transaction() as session:

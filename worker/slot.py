@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from service.logging import get_logger
 from service.queue.broker import Kind
 from service.queue.claim import Claim, claim
+from service.queue.fit import room
 from worker.context import WorkerContext
 from worker.gpu import Gpu
 from worker.lease import boottime
@@ -169,6 +170,7 @@ class Slot:
         return True
 
     def _claim(self) -> Claim | None:
+        gpu = self._place.gpu
         with self._context.transaction() as session:
             return claim(
                 session,
@@ -176,6 +178,7 @@ class Slot:
                 worker_id=self._context.worker_id,
                 host=self._context.host,
                 lease_s=self._context.settings.lease_s,
+                room_bytes=None if gpu is None else room(gpu.memory_bytes),
             )
 
     def _keep_a_spare(self) -> None:

@@ -57,6 +57,7 @@ def move(
     attempt_no: int | None = None,
     source: tuple[Status, ...] | None = None,
     release: bool = True,
+    next_attempt_no: int | None = None,
     **values: Any,  # noqa: ANN401  (each column's own type)
 ) -> Job:
     """Move a job to status `to` and tell it.
@@ -69,6 +70,7 @@ def move(
         attempt_no: the worker's fence; None for moves that no worker makes (the API, the reaper, the claim).
         source: narrower than `SOURCES[to]`, when the caller knows.
         release: give up the lease; False for the claim, which sets it in `values`.
+        next_attempt_no: the attempt that begins with this move; the claim's alone.
         values: further columns of `Job` written in the same UPDATE.
 
     Raises:
@@ -79,6 +81,8 @@ def move(
     values |= {"status": to, "paused_at": clock.now() if to == "paused" else None}
     if release:
         values |= {"lease_owner": None, "lease_until": None}
+    if next_attempt_no is not None:
+        values["attempt_no"] = next_attempt_no
     if to in TERMINAL:
         values["finished_at"] = clock.now()
     job = repository.update_status(

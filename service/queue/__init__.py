@@ -8,6 +8,10 @@ lease.py       renew it, read the wish (`desired`), give up what dead workers le
 finish.py      every way an attempt ends
 reap.py        leases that ran out
 workers.py     the workers' own rows
+fit.py         which jobs a GPU has room for
+unfit.py       telling a job that none has
+expectation.py a job's place in the line, and when it should start
+overview.py    the queue and the workers as a project may see them
 background.py  the loops of the API's process: reap, ring again, expire
 repository.py  the SQL
 """

@@ -1,4 +1,4 @@
-"""The loops of the API's process: take back ended leases, ring again for what waits, expire files.
+"""The loops of the API's process: take back ended leases, tell who waits for a larger GPU, ring again for what waits.
 
 Not in Celery's beat, since recovery must not depend on the broker. Any number of API processes may run them: each
 pass takes a lock in the database first, and skips its turn when another has it.
@@ -16,6 +16,7 @@ from service.queue import repository
 from service.queue.broker import KINDS, Kind
 from service.queue.kick import Doorbell
 from service.queue.reap import reap
+from service.queue.unfit import tell_unfit
 from service.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ def run_once(
         if not repository.try_loops_lock(session):
             return None
         reap(session, settings)
+    with transaction(sessions) as session:
+        tell_unfit(session, lease_s=settings.lease_s)
     with transaction(sessions) as session:
         waiting: set[Kind] = {kind for kind in KINDS if repository.is_waiting(session, kind)}
     for kind in waiting:

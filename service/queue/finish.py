@@ -20,9 +20,14 @@ LOG_TAIL = "public_log_tail"
 
 
 def validated(
-    session: Session, fence: Fence, *, report: dict[str, Any], hyperparameters: dict[str, Any]
+    session: Session,
+    fence: Fence,
+    *,
+    report: dict[str, Any],
+    hyperparameters: dict[str, Any],
+    memory_needed_bytes: int | None = None,
 ) -> None:
-    """The files are good: keep the report and the resolved hyperparameters, and let the job wait for training.
+    """The files are good: keep the report, the resolved hyperparameters and the need, and let the job wait for training.
 
     A wish to cancel that came too late for the worker to see is fulfilled here: nobody would look at it while it waits.
     So is a wish to pause.
@@ -45,6 +50,7 @@ def validated(
         source=("validating_files",),
         dataset_report=report,
         hyperparameters=hyperparameters,
+        memory_needed_bytes=memory_needed_bytes,
         lost_attempts=0,  # the training gets its own patience
     )
 

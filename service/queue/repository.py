@@ -1,12 +1,18 @@
 """SQL of the queue: leases, attempts, workers. Every end of a lease is computed by the database's own clock."""
 
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
+    BindParameter,
     ColumnElement,
     Float,
+    Row,
+    Subquery,
+    bindparam,
+    case,
     func,
     insert,
     select,
@@ -14,10 +20,11 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects.postgresql import insert as upsert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from service.tables import Attempt, Event, File, Job, Project, Worker
 
+_REMEMBERED_S = 86_400.0
 _CLAIMS_LOCK = 0x6E6962_01
 _LOOPS_LOCK = 0x6E6962_02
 
@@ -39,34 +46,165 @@ def try_loops_lock(session: Session) -> bool:
     return bool(session.scalar(select(func.pg_try_advisory_xact_lock(_LOOPS_LOCK))))
 
 
-def _waiting(kind: str) -> Sequence[ColumnElement[bool]]:
+def _in_sql(status: str) -> BindParameter[str]:
+    """Return the status as a part of the statement: a plan for any status could not use an index over some."""
+    return bindparam(None, status, unique=True, literal_execute=True)
+
+
+def _waiting(kind: str, job: type[Job] = Job) -> Sequence[ColumnElement[bool]]:
     return (
-        Job.status == WAITING[kind],
-        Job.lease_owner.is_(None),
-        Job.desired.in_(_CLAIMABLE[kind]),
-        Job.not_before.is_(None) | (Job.not_before <= func.now()),
+        job.status == _in_sql(WAITING[kind]),
+        job.lease_owner.is_(None),
+        job.desired.in_(_CLAIMABLE[kind]),
+        job.not_before.is_(None) | (job.not_before <= func.now()),
     )
 
 
-def next_waiting(session: Session, kind: str) -> Job | None:
-    """Lock and return the job of `kind` whose turn it is: fair share, then priority, then age; None: none waits."""
-    held = (
+def _held_per_project(kind: str) -> Subquery:
+    return (
         select(Job.project_id, func.count().label("n"))
-        .where(Job.status == HELD[kind], Job.lease_owner.is_not(None))
+        .where(Job.status == _in_sql(HELD[kind]), Job.lease_owner.is_not(None))
         .group_by(Job.project_id)
         .subquery()
     )
+
+
+def _fits(room_bytes: int | None) -> ColumnElement[bool]:
+    if room_bytes is None:
+        return true()
+    return Job.memory_needed_bytes.is_(None) | (Job.memory_needed_bytes <= room_bytes)
+
+
+_HEADS = 3
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A job whose turn it is, and the number of the attempt that it gets."""
+
+    job_id: str
+    attempt_no: int
+
+
+def next_waiting(session: Session, kind: str, room_bytes: int | None) -> Turn | None:
+    """Lock and return the job of `kind` whose turn it is: fair share, then priority, then age; None: none waits.
+
+    Left out are those that are known to need more than `room_bytes`. Only each project's first three are looked at (the
+    index has them in their order): the next two are for jobs that somebody has locked.
+    """
+    held = _held_per_project(kind)
+    head = (
+        select(Job.id, Job.priority, Job.created_at)
+        .where(Job.project_id == Project.id, *_waiting(kind), _fits(room_bytes))
+        .order_by(Job.priority.desc(), Job.created_at, Job.id)
+        .limit(_HEADS)
+        .lateral()
+    )
     share = func.coalesce(held.c.n, 0).cast(Float) / func.greatest(Project.weight, 1)
+    taken = aliased(Job)
     statement = (
-        select(Job)
+        select(taken.id, taken.attempt_no)
+        .select_from(Project)
+        .join(head, true())
+        .join(taken, taken.id == head.c.id)
+        .outerjoin(held, held.c.project_id == Project.id)
+        .where(*_waiting(kind, taken))  # looked at again once it is locked
+        .order_by(share, head.c.priority.desc(), head.c.created_at, head.c.id)
+        .limit(1)
+        .with_for_update(of=taken, skip_locked=True)
+    )
+    row = session.execute(statement).one_or_none()
+    return None if row is None else Turn(row.id, row.attempt_no + 1)
+
+
+@dataclass(frozen=True)
+class InLine:
+    """A job that waits for training, and how many are taken before it and with it."""
+
+    job_id: str
+    position: int
+    memory_needed_bytes: int | None
+
+
+def line(session: Session, *, first: int, job_ids: Sequence[str]) -> list[InLine]:
+    """Return the `first` jobs that wait for training, and these, in the order in which `next_waiting` takes them.
+
+    A project's n-th job is taken when its share has grown by n - 1: projects' jobs interleave as if none ended meanwhile.
+    """
+    held = _held_per_project("train")
+    turn = func.row_number().over(
+        partition_by=Job.project_id, order_by=(Job.priority.desc(), Job.created_at, Job.id)
+    )
+    share = (func.coalesce(held.c.n, 0) + turn - 1).cast(Float) / func.greatest(Project.weight, 1)
+    waiting = (
+        select(Job.id, Job.memory_needed_bytes, Job.priority, Job.created_at, share.label("share"))
         .join(Project, Project.id == Job.project_id)
         .outerjoin(held, held.c.project_id == Job.project_id)
-        .where(*_waiting(kind))
-        .order_by(share, Job.priority.desc(), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(of=Job, skip_locked=True)
+        .where(*_waiting("train"))
+        .subquery()
     )
-    return session.scalars(statement).one_or_none()
+    order = (waiting.c.share, waiting.c.priority.desc(), waiting.c.created_at, waiting.c.id)
+    position = func.row_number().over(order_by=order).label("position")
+    placed = select(waiting.c.id, waiting.c.memory_needed_bytes, position).subquery()
+    statement = (
+        select(placed)
+        .where((placed.c.position <= first) | placed.c.id.in_(job_ids))
+        .order_by(placed.c.position)
+        .limit(first + len(job_ids))
+    )
+    return [
+        InLine(row.id, row.position, row.memory_needed_bytes) for row in session.execute(statement)
+    ]
+
+
+def lock_unfit(session: Session, room_bytes: int, limit: int) -> Sequence[Job]:
+    """Lock and return jobs that wait, need more than `room_bytes`, and whose story does not say so yet."""
+    statement = (
+        select(Job)
+        .where(
+            *_waiting("train"),
+            Job.memory_needed_bytes > room_bytes,
+            Job.unfit_told_at.is_(None),
+        )
+        .order_by(Job.created_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+    )
+    return session.scalars(statement).all()
+
+
+def note_unfit_told(session: Session, job_id: str) -> None:
+    """Note that the job's story says that it fits nowhere; the caller holds the row."""
+    session.execute(update(Job).where(Job.id == job_id).values(unfit_told_at=func.now()))
+
+
+def count_by_status(session: Session, project_id: str) -> dict[bool, dict[str, int]]:
+    """Count the live jobs in each status: True: the project's own, False: all others'."""
+    is_own = (Job.project_id == project_id).label("is_own")
+    statement = (
+        select(is_own, Job.status, func.count().label("n"))
+        .where(Job.status.in_(("validating_files", "queued", "running", "paused")))
+        .group_by(is_own, Job.status)
+    )
+    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    for row in session.execute(statement):
+        counts[row.is_own][row.status] = row.n
+    return counts
+
+
+def live_jobs(session: Session, project_id: str, limit: int) -> Sequence[Job]:
+    """Return the project's jobs that have not ended: those that run, that wait in their order, are validated, paused."""
+    order = case({"running": 0, "queued": 1, "validating_files": 2, "paused": 3}, value=Job.status)
+    statement = (
+        select(Job)
+        .where(
+            Job.project_id == project_id,
+            Job.status.in_(("validating_files", "queued", "running", "paused")),
+        )
+        .order_by(order, Job.priority.desc(), Job.created_at, Job.id)
+        .limit(limit)
+    )
+    return session.scalars(statement).all()
 
 
 def is_waiting(session: Session, kind: str) -> bool:
@@ -80,15 +218,15 @@ def _from_now(seconds: float) -> ColumnElement[Any]:
     return func.now() + timedelta(seconds=seconds)
 
 
-def grant(session: Session, job_id: str, worker_id: str, lease_s: float) -> Job:
-    """Give the job's next attempt to a worker, with a lease from now on, and return the row."""
+def new_lease(worker_id: str, lease_s: float) -> dict[str, Any]:
+    """Return what is written into a job's row for a worker's lease from now on."""
+    return {"lease_owner": worker_id, "lease_until": _from_now(lease_s)}
+
+
+def grant(session: Session, job_id: str, attempt_no: int, lease: dict[str, Any]) -> Job:
+    """Give an attempt of a job to a worker without a move, as for a validation, and return the row; the caller holds it."""
     statement = (
-        update(Job)
-        .where(Job.id == job_id)
-        .values(
-            attempt_no=Job.attempt_no + 1, lease_owner=worker_id, lease_until=_from_now(lease_s)
-        )
-        .returning(Job)
+        update(Job).where(Job.id == job_id).values(attempt_no=attempt_no, **lease).returning(Job)
     )
     return session.scalars(statement, execution_options={"populate_existing": True}).one()
 
@@ -195,6 +333,14 @@ def end_attempt(
     update_attempt(session, job_id, attempt_no, values)
 
 
+def was_trained_before(session: Session, job_id: str, attempt_no: int) -> bool:
+    """Tell whether the job has an earlier training attempt."""
+    statement = select(Attempt.attempt_no).where(
+        Attempt.job_id == job_id, Attempt.attempt_no < attempt_no, Attempt.kind == "train"
+    )
+    return session.execute(statement.limit(1)).first() is not None
+
+
 def training_attempts_before(session: Session, job_id: str, attempt_no: int) -> Sequence[Attempt]:
     """Return the job's earlier training attempts, newest first."""
     statement = (
@@ -256,3 +402,46 @@ def worker_was_seen(session: Session, host: str, within_s: float) -> bool:
         Worker.host == host, Worker.stopped_at.is_(None), Worker.seen_at > _from_now(-within_s)
     )
     return session.execute(statement.limit(1)).first() is not None
+
+
+def workers(session: Session, *, within_s: float, limit: int) -> Sequence[Row[Worker, bool]]:
+    """Return the workers that have not stopped and were heard of within a day, and whether within `within_s` seconds."""
+    is_heard = (Worker.seen_at > _from_now(-within_s)).label("is_heard")
+    statement = (
+        select(Worker, is_heard)
+        .where(Worker.stopped_at.is_(None), Worker.seen_at > _from_now(-_REMEMBERED_S))
+        .order_by(Worker.started_at, Worker.id)
+        .limit(limit)
+    )
+    return session.execute(statement).all()
+
+
+@dataclass(frozen=True)
+class Held:
+    """A job that a worker has."""
+
+    job_id: str
+    project_id: str
+    worker_id: str
+    is_training: bool
+    estimated_finish: datetime | None
+
+
+def held_jobs(session: Session, limit: int) -> Sequence[Held]:
+    """Return what workers hold."""
+    statement = (
+        select(Job.id, Job.project_id, Job.lease_owner, Job.status, Job.estimated_finish)
+        .where(Job.status.in_(tuple(HELD.values())), Job.lease_owner.is_not(None))
+        .order_by(Job.created_at, Job.id)
+        .limit(limit)
+    )
+    return [
+        Held(
+            row.id,
+            row.project_id,
+            row.lease_owner or "",
+            row.status == "running",
+            row.estimated_finish,
+        )
+        for row in session.execute(statement)
+    ]

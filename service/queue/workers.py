@@ -15,7 +15,7 @@ class WorkerSlots:
     train: int
     validate: int
     devices: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])
-    """One per training slot: {"name", "memory_bytes"}; memory_bytes is None for a CPU."""
+    """One per training slot: {"name", "memory_bytes", "free_memory_bytes", "driver"}; all but the name are None for a CPU."""
     problem: str | None = None
     """Why the worker takes no training although it has a GPU: one sentence, or None."""
 

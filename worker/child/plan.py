@@ -23,7 +23,7 @@ def base_model(spec: dict[str, Any]) -> BaseModel:
 
 
 # The job's names that are the engine's, too; what the job leaves out is as the engine has it.
-_SETTINGS = (
+SETTING_NAMES = (
     "n_epochs",
     "max_steps",
     "batch_size",
@@ -41,7 +41,7 @@ _SETTINGS = (
     "packing",
     "optimizer",
 )
-_LORA = {
+LORA_NAMES = {
     "lora_r": "r",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
@@ -63,9 +63,9 @@ def train_config(spec: dict[str, Any], model_folder: Path) -> "TrainConfig":
     from qlora_core.train import TrainConfig
 
     resolved: dict[str, Any] = spec["hyperparameters"]
-    lora = {ours: resolved[name] for name, ours in _LORA.items() if name in resolved}
+    lora = {ours: resolved[name] for name, ours in LORA_NAMES.items() if name in resolved}
     return TrainConfig(
-        **{name: resolved[name] for name in _SETTINGS if name in resolved},
+        **{name: resolved[name] for name in SETTING_NAMES if name in resolved},
         seed=spec["seed"],
         micro_batch_tokens=_MICRO_BATCH_TOKENS,
         gradient_checkpointing=str(spec["device"]) != "cpu"

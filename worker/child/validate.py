@@ -12,6 +12,7 @@ from qlora_core.models.files import find_shards, read_config
 from qlora_core.text import DatasetReport, TextEncoder, check_dataset
 from service.jobs.resolve import resolve_context_length, resolve_hyperparameters
 from service.models.actions import file_names, resolve_folder
+from worker.child.need import memory_needed
 from worker.child.plan import base_model
 from worker.child.prompts import check_prompts
 from worker.child.report import Report
@@ -25,7 +26,7 @@ _MIN_VALIDATION_EXAMPLES = 1
 
 
 def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Check both files and the prompts, and return what result.json will hold: the reports, and the resolved hyperparameters.
+    """Check both files and the prompts, and return what result.json will hold: the reports, the resolved hyperparameters, the need.
 
     Raises:
         EngineError, ModelUnavailable: the base model cannot be used.
@@ -70,11 +71,13 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
     )
     if error is not None:
         return {"outcome": "failed", "error": error, "report": reports}
+    resolved = resolve_hyperparameters(requested, training, encoder.context_length)
     return {
         "outcome": "succeeded",
         "error": None,
         "report": reports,
-        "hyperparameters": resolve_hyperparameters(requested, training, encoder.context_length),
+        "hyperparameters": resolved,
+        "memory_needed_bytes": memory_needed(folder, resolved, longest_tokens=training.longest_tokens),
     }
 
 

@@ -108,3 +108,44 @@ def test_many_claimers_at_once_never_share_a_job(make_job: MakeJob, make_claim: 
     taken = [claim.job.id for claim in claims if claim is not None]
     assert len(taken) == 12
     assert set(taken) == jobs
+
+
+def test_a_job_that_somebody_has_locked_is_passed_over_for_the_next_one(
+    make_job: MakeJob, make_claim: MakeClaim, session: Session
+) -> None:
+    first, second, third = make_job(), make_job(), make_job()
+    locked = select(Job).where(Job.id.in_([first, second])).with_for_update()
+    session.execute(locked)
+
+    past_the_lock = make_claim()
+    session.rollback()
+    then = [make_claim(), make_claim()]
+
+    assert ids([past_the_lock, *then]) == [third, first, second]
+
+
+def test_a_job_that_was_trained_before_is_started_again_and_a_validated_one_is_not(
+    make_job: MakeJob, make_claim: MakeClaim, session: Session
+) -> None:
+    for kind in ("validate", "train"):
+        job_id = make_job(attempt_no=1)
+        attempt = Attempt(
+            job_id=job_id,
+            attempt_no=1,
+            project_id="proj_default",
+            kind=kind,
+            worker_id="worker_b",
+            host="there",
+            started_at=clock.now(),
+            ended_at=clock.now(),
+        )
+        session.add(attempt)
+        session.commit()
+
+    claims = [make_claim(), make_claim()]
+
+    assert [claim and claim.job.attempt_no for claim in claims] == [2, 2]
+    assert session.scalars(select(Event.message).order_by(Event.created_at)).all() == [
+        "Fine-tuning job started",
+        "Fine-tuning job started again",
+    ]
