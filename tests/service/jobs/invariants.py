@@ -1,7 +1,7 @@
 """What must hold of the jobs at every moment, read in one snapshot of the database, by SQL of its own."""
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 from sqlalchemy import Engine, text
@@ -92,25 +92,13 @@ def _check_waits_or_ends(job: Row, outbox: list[str]) -> None:
 
 
 def _check_losses(job: Row, attempts: list[Row], max_attempts: int) -> None:
-    kind = "validate" if job.status == "validating_files" else "train"
-    lost = {wanted: _lost_in_a_row(attempts, wanted) for wanted in ("validate", "train")}
+    assert 0 <= job.lost_attempts <= max_attempts
     if job.status in ENDED:
-        assert job.lost_attempts in (lost["validate"], lost["train"])
-        assert job.lost_attempts <= max_attempts
-    else:
-        assert job.lost_attempts == lost[kind] < max_attempts
-
-
-def _lost_in_a_row(attempts: list[Row], kind: str) -> int:
-    """How many of the last attempts of a kind were lost since one was stopped in good order."""
-    count = 0
-    for attempt in attempts:
-        if attempt.kind != kind:
-            continue
-        if attempt.outcome in ("requeued", "paused"):
-            count = 0
-        count += attempt.outcome == "lost"
-    return count
+        return
+    kind = "validate" if job.status == "validating_files" else "train"
+    over = [attempt for attempt in attempts if attempt.ended_at is not None]
+    in_a_row = takewhile(lambda a: (a.kind, a.outcome) == (kind, "lost"), reversed(over))
+    assert job.lost_attempts == len(list(in_a_row)) < max_attempts
 
 
 def _check_story(job: Row, events: list[Row]) -> None:
