@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI
 from api import errors, pages, readiness, schema
 from api.deps import DocumentsBearer, State
 from api.middleware import Authenticate, JsonBody, RequestContext
-from api.routes import adapters, checkpoints, events, files, health, jobs, models
+from api.routes import adapters, checkpoints, events, files, health, jobs, models, queue
 from api.startup import start_background
 from service import db
 from service.events.feed import Feed
@@ -72,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _v1() -> APIRouter:
     router = APIRouter(prefix="/v1", dependencies=[DocumentsBearer])
-    for resource in (files, jobs, events, checkpoints, adapters, models):
+    for resource in (files, jobs, events, checkpoints, adapters, queue, models):
         router.include_router(resource.router)
     return router
 

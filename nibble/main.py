@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nibble.commands import files, jobs, models
+from nibble.commands import cluster, files, jobs, models
 from nibble.endings import ExitCode, abandon_stdout, guarded, refused
 from nibble.usage import Program
 
@@ -24,6 +24,8 @@ app = typer.Typer(
 app.add_typer(files.app, name="files")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(models.app, name="models")
+app.command("queue")(cluster.show_queue)
+app.command("workers")(cluster.show_workers)
 
 
 def _tell_version(wanted: bool) -> None:

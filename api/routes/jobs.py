@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from pydantic import BaseModel, ConfigDict
+from sqlalchemy.orm import Session
 
 from api.deps import CallerDep, CatalogDep, DoorbellDep, SessionDep, SettingsDep
 from api.errors import errors
@@ -15,6 +16,7 @@ from service.jobs.actions import JobFilter
 from service.jobs.fingerprint import Fingerprint
 from service.jobs.spec import MAX_METADATA_PAIRS, CreateJob
 from service.jobs.state import TERMINAL
+from service.queue.expectation import Place, places
 from service.settings import Settings
 from service.tables import Job
 
@@ -78,6 +80,14 @@ class JobOut(BaseModel):
     dataset_report: dict[str, Any] | None
     """What validation found in each file; in lists without the single lines."""
     sample_prompts: list[Any]
+    queue_position: int | None
+    """Its place among the jobs of all projects that wait for training, while it is one of them: 1 is next."""
+    expected_start: int | None
+    """When it should start; null where that cannot be known, as behind runs that have not said when they are done."""
+    memory_needed_bytes: int | None
+    """What it needs of a GPU at least, as estimated from its model and hyperparameters; null: not known."""
+    waits_because: str | None
+    """Where no worker's GPU is large enough: which would be. The job waits for one."""
 
     @classmethod
     def of(
@@ -85,11 +95,13 @@ class JobOut(BaseModel):
         job: Job,
         settings: Settings,
         newest_step: dict[str, Any] | None = None,
+        place: Place | None = None,
         *,
         in_list: bool = False,
     ) -> "JobOut":
-        """Show a job. `newest_step`: the data of its newest metrics."""
+        """Show a job. `newest_step`: the data of its newest metrics; `place`: where it stands in the queue."""
         step = newest_step or {}
+        place = place or Place()
         report = _short(job.dataset_report) if in_list else job.dataset_report
         kind = job.spec["method"]["type"]
         ended = job.status in TERMINAL
@@ -126,6 +138,12 @@ class JobOut(BaseModel):
                 "total_steps": step.get("total_steps"),
                 "dataset_report": report,
                 "sample_prompts": job.spec.get("sample_prompts", []),
+                "queue_position": place.position,
+                "expected_start": (
+                    clock.unix(place.expected_start) if place.expected_start else None
+                ),
+                "memory_needed_bytes": job.memory_needed_bytes,
+                "waits_because": place.waits_because,
             }
         )
 
@@ -156,7 +174,7 @@ def create_job(
     job = actions.create(session, catalog, settings, caller, body, fingerprint)
     # Only after the commit: a worker that wakes must find the row. For a repeated call it does no harm.
     doorbell.kick_after_commit(session, "validate")
-    return JobOut.of(job, settings, actions.progress(session, [job]).get(job.id))
+    return _shown(session, settings, job)
 
 
 @router.get("", responses=errors(InvalidRequest))
@@ -174,7 +192,10 @@ def list_jobs(
         session, caller.project_id, after=after, limit=limit, wanted=wanted
     )
     steps = actions.progress(session, jobs)
-    data = [JobOut.of(job, settings, steps.get(job.id), in_list=True) for job in jobs]
+    stand = places(session, jobs, lease_s=settings.lease_s)
+    data = [
+        JobOut.of(job, settings, steps.get(job.id), stand.get(job.id), in_list=True) for job in jobs
+    ]
     return JobList(data=data, has_more=has_more)
 
 
@@ -182,7 +203,7 @@ def list_jobs(
 def get_job(job_id: str, caller: CallerDep, session: SessionDep, settings: SettingsDep) -> JobOut:
     """Describe a job."""
     job = actions.get(session, caller.project_id, job_id)
-    return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
+    return _shown(session, settings, job)
 
 
 @router.post("/{job_id}/cancel", responses=errors(InvalidRequest, NotFound))
@@ -191,14 +212,14 @@ def cancel_job(
 ) -> JobOut:
     """Cancel a job: at once if nobody works on it, else as soon as its worker has stopped."""
     job = wishes.cancel(session, caller.project_id, job_id)
-    return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
+    return _shown(session, settings, job)
 
 
 @router.post("/{job_id}/pause", responses=errors(InvalidRequest, NotFound))
 def pause_job(job_id: str, caller: CallerDep, session: SessionDep, settings: SettingsDep) -> JobOut:
     """Pause a job: at once if it waits for training, else as soon as its worker has saved where it stands."""
     job = wishes.pause(session, caller.project_id, job_id)
-    return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
+    return _shown(session, settings, job)
 
 
 @router.post("/{job_id}/resume", responses=errors(InvalidRequest, NotFound))
@@ -212,7 +233,13 @@ def resume_job(
     """Let a paused job go on from where it was: it waits for a worker again."""
     job = wishes.resume(session, caller.project_id, job_id)
     doorbell.kick_after_commit(session, "train")
-    return JobOut.of(job, settings, actions.progress(session, [job]).get(job_id))
+    return _shown(session, settings, job)
+
+
+def _shown(session: Session, settings: Settings, job: Job) -> JobOut:
+    step = actions.progress(session, [job]).get(job.id)
+    place = places(session, [job], lease_s=settings.lease_s).get(job.id)
+    return JobOut.of(job, settings, step, place)
 
 
 def _short(report: dict[str, Any] | None) -> dict[str, Any] | None:
