@@ -1,6 +1,6 @@
 """The `nibble` program: the client's commands, and where the server's packages are installed, the server's.
 
-`up`, `demo` and `keys` belong to `operations`; it is imported when one of them runs, so that the client needs none of it.
+`up`, `demo`, `keys` and `doctor` belong to `operations`; it is imported when one of them runs, so that the client needs none of it.
 """
 
 import importlib
@@ -72,6 +72,13 @@ def demo(context: typer.Context) -> None:
 def keys(context: typer.Context) -> None:
     """Make API keys (`nibble keys create NAME`)."""
     _operations("keys", context.args)
+
+
+@app.command(**_PASSED_ON)
+@guarded
+def doctor(context: typer.Context) -> None:
+    """Examine the service: servers, schema, GPUs, disk, clock, queue."""
+    _operations("doctor", context.args)
 
 
 def _operations(command: str, arguments: list[str]) -> None:

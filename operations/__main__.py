@@ -1,4 +1,4 @@
-"""`python -m operations COMMAND`: what `nibble up`, `nibble demo` and `nibble keys` run."""
+"""`python -m operations COMMAND`: what `nibble up`, `nibble demo`, `nibble keys` and `nibble doctor` run."""
 
 import sys
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import typer
 from nibble.usage import Program
 from operations import keys
 from operations.demo.run import demo
+from operations.doctor.command import doctor
 from operations.up import up
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(demo)
+app.command()(doctor)
 app.add_typer(keys.app, name="keys")
 
 

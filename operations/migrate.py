@@ -5,11 +5,14 @@ python -m operations.migrate        # the database of NIBBLE_DATABASE_URL
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from pydantic import SecretStr
 from sqlalchemy import Engine
@@ -48,6 +51,30 @@ def check(url: str) -> None:
         MigrationError: they differ; the message names the differences.
     """
     _run(url, command.check)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a database stands: its migration (None: without any), and the newest one."""
+
+    current: str | None
+    newest: str | None
+    is_known: bool
+    """Whether this version has the database's migration."""
+
+    @property
+    def is_newest(self) -> bool:
+        """Whether nothing is to be done."""
+        return self.current == self.newest
+
+
+def standing(engine: Engine) -> Standing:
+    """Compare the migration that a database is at with the newest one; raises SQLAlchemy's errors."""
+    with engine.connect() as connection:
+        current = MigrationContext.configure(connection).get_current_revision()
+    scripts = ScriptDirectory.from_config(_config(engine))
+    known = {script.revision for script in scripts.walk_revisions()}
+    return Standing(current, scripts.get_current_head(), current is None or current in known)
 
 
 def _run(url: str, action: Callable[[Config], None]) -> None:

@@ -61,6 +61,15 @@ def binary() -> Path:
     )
 
 
+def running_url(data_dir: Path) -> str | None:
+    """Return the URL of the server that runs over `data_dir`, None if there is none; a killed one may be named, too."""
+    folder = data_dir / "valkey"
+    if not (folder / "lock").exists():
+        return None
+    socket = socket_folder(folder, _SOCKET) / _SOCKET
+    return f"redis+socket://{socket}" if socket.exists() else None
+
+
 def start(data_dir: Path, *, log: Path | None = None) -> Valkey:
     """Start Valkey over `data_dir/valkey` and wait until it answers.
 
