@@ -75,6 +75,7 @@ def train(
     adapter: Path | str | None = None,
     resume_from: Path | str | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    before_writing: Callable[[], None] = lambda: None,
     base_model_name_or_path: str | None = None,
 ) -> TrainResult:
     """Train a LoRA adapter over a frozen model.
@@ -95,6 +96,8 @@ def train(
         resume_from: a folder of resume points (or one of them); without a whole point in it the run
             begins at the beginning and says so.
         should_stop: asked before every step.
+        before_writing: called before a resume point or an adapter is written, to refuse it where there is no room;
+            what it raises ends the run.
         base_model_name_or_path: written into the adapter's config; where the model was loaded from
             if not given.
 
@@ -125,6 +128,7 @@ def train(
             base_model=base_model_name_or_path,
             adapter=None if adapter is None else Path(adapter),
         )
+        run.before_writing = before_writing
         surround(run.plan)
         progress = resume(run, None if resume_from is None else Path(resume_from))
         rehearse(run, step=progress.step)

@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Run:
         best: copies of the adapter's tensors at the best validation; empty where none are kept.
         resume_point_at: when the last resume point was written, or the run began; of `time.monotonic`.
         freeing: what removes the resume points that the last one has made superfluous.
+        before_writing: called before a resume point or an adapter is written; what it raises ends the run.
     """
 
     model: PreTrainedModel
@@ -81,6 +82,7 @@ class Run:
     best: Weights = field(default_factory=dict)
     resume_point_at: float = field(default_factory=time.monotonic)
     freeing: threading.Thread | None = None
+    before_writing: Callable[[], None] = lambda: None
     _epoch: int | None = None
     _windows: Sequence[list[int]] = ()
 

@@ -17,6 +17,7 @@ from qlora_core.whole_folder import written_whole
 
 def keep_adapter(run: Run, folder: Path) -> None:
     """Write the adapter as it stands, with the tokenizer it was trained with."""
+    run.before_writing()
     with written_whole(folder) as unfinished:
         save_adapter(run.model, unfinished, base_model_name_or_path=run.base_model)
         if run.encoder.folder is not None:
@@ -53,6 +54,7 @@ def resume_points(run: Run) -> Path:
 def keep_resume_point(run: Run, progress: Progress) -> None:
     """Write everything needed to go on exactly from here; the points that it makes superfluous go while the run goes on."""
     settle_resume_points(run)
+    run.before_writing()
     folder = save_resume_point(
         resume_points(run),
         model=run.model,

@@ -22,7 +22,7 @@ from service.models.actions import resolve_folder
 from worker.child.lease import wait_until_ours
 from worker.child.plan import base_model, train_config
 from worker.child.report import Report, sink
-from worker.child.room import bytes_on_disk
+from worker.child.room import disk_need
 from worker.folder import AttemptFolder
 from worker.room import check_room
 
@@ -62,11 +62,8 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
     encoder = TextEncoder.from_folder(model_folder, now=spec["now"])
     dataset = _dataset(spec["training_file"], encoder, config, folder, report)
     validation = spec["validation_file"]
-    check_room(
-        folder.run,
-        needed_bytes=bytes_on_disk(model_folder, config, dataset.lengths),
-        kept_free_bytes=int(spec["min_free_bytes"]),
-    )
+    need, kept_free = disk_need(model_folder, config, dataset.lengths), int(spec["min_free_bytes"])
+    check_room(folder.run, needed_bytes=need.all_bytes, kept_free_bytes=kept_free)
     model = load_model(model_folder, device=device, compute_dtype=usual_compute_dtype(device))
     result = train(
         model,
@@ -81,6 +78,9 @@ def run(folder: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str
         sample_prompts=spec["sample_prompts"],
         resume_from=spec["resume_from"],
         should_stop=should_stop,
+        before_writing=lambda: check_room(
+            folder.run, needed_bytes=need.next_bytes, kept_free_bytes=kept_free
+        ),
         base_model_name_or_path=public_name(spec),
     )
     return _as_result(folder, result)
