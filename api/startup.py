@@ -10,6 +10,7 @@ from collections.abc import Callable
 from sqlalchemy.exc import SQLAlchemyError
 
 from api.deps import State
+from service.adapters import retention
 from service.db import transaction
 from service.files import purge
 from service.keys.actions import ensure_first_key
@@ -30,9 +31,13 @@ def start_background(state: State) -> Callable[[], None]:
         ).start()
     stop_queue = background.start(state.settings, state.sessions)
     stop_purge = purge.start(state.sessions, state.storage)
+    stop_retention = retention.start(
+        state.sessions, state.storage, keep_checkpoints=state.settings.keep_checkpoints
+    )
 
     def stop() -> None:
         stopping.set()
+        stop_retention()
         stop_purge()
         stop_queue()
 

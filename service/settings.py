@@ -53,6 +53,10 @@ class Settings(BaseSettings):
     max_stored_bytes: int = Field(default=100_000_000_000, ge=1)
     """Per project: what its files, uploaded or produced, may have together; an upload beyond it is refused (413).
     What jobs produce counts and is never refused."""
+    keep_checkpoints: int | None = Field(default=None, ge=0)
+    """Of an ended job the last so many checkpoints stay, and that of the adapter which it offers; None: all of them."""
+    keep_attempts_days: float = Field(default=30.0, ge=0)
+    """How long a worker keeps the logs of an ended job's attempts in its data folder."""
     max_waiting_jobs: int = Field(default=1_000, ge=1)
     """Per project: jobs that are validated or wait; one more is refused (429)."""
 

@@ -1,13 +1,14 @@
 """SQL of adapters and checkpoints."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, delete, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
-from service.tables import Adapter, Checkpoint
+from service.tables import Adapter, Checkpoint, Job
 
 
 def get(session: Session, project_id: str, adapter_id: str) -> Adapter | None:
@@ -95,3 +96,54 @@ def page_of_checkpoints(
         statement = statement.where(Checkpoint.step_number < cursor.scalar_subquery())
     statement = statement.order_by(Checkpoint.step_number.desc()).limit(limit)
     return session.scalars(statement).all()
+
+
+def lock_unreferenced(session: Session, *, ended_before: datetime, limit: int) -> Sequence[Adapter]:
+    """Lock and return adapters of ended jobs that neither a checkpoint nor the job's success offers."""
+    statement = (
+        select(Adapter)
+        .join(Job, Job.id == Adapter.job_id)
+        .where(
+            Job.finished_at < ended_before,
+            ~select(Checkpoint.id).where(Checkpoint.adapter_id == Adapter.id).exists(),
+            ~_is_offered(),
+        )
+        .order_by(Adapter.created_at, Adapter.id)
+        .limit(limit)
+        .with_for_update(of=Adapter, skip_locked=True)
+    )
+    return session.scalars(statement).all()
+
+
+def _is_offered() -> ColumnElement[bool]:
+    """Of a succeeded job the adapter that `newest` finds for its `adapter_step`."""
+    newer = aliased(Adapter)
+    is_newer = tuple_(newer.attempt_no, newer.step_number) > tuple_(
+        Adapter.attempt_no, Adapter.step_number
+    )
+    of_its_step = Job.adapter_step.is_(None) | (newer.step_number == Job.adapter_step)
+    there_is_a_newer_one = (
+        select(newer.id).where(newer.job_id == Adapter.job_id, of_its_step, is_newer).exists()
+    )
+    return (
+        (Job.status == "succeeded")
+        & (Job.adapter_step.is_(None) | (Adapter.step_number == Job.adapter_step))
+        & ~there_is_a_newer_one
+    )
+
+
+def delete_checkpoints_past(session: Session, keep: int, *, ended_before: datetime) -> int:
+    """Take ended jobs' checkpoints off their lists, but for the last `keep` and that of the adapter which the job offers."""
+    place = func.row_number().over(
+        partition_by=Checkpoint.job_id, order_by=Checkpoint.step_number.desc()
+    )
+    is_offered = (Job.status == "succeeded") & (Checkpoint.step_number == Job.adapter_step)
+    ranked = (
+        select(Checkpoint.id, place.label("place"), func.coalesce(is_offered, False).label("kept"))
+        .join(Job, Job.id == Checkpoint.job_id)
+        .where(Job.finished_at < ended_before)
+        .subquery()
+    )
+    past = select(ranked.c.id).where(ranked.c.place > keep, ~ranked.c.kept)
+    deleted = delete(Checkpoint).where(Checkpoint.id.in_(past)).returning(Checkpoint.id)
+    return len(session.scalars(deleted).all())

@@ -1,3 +1,5 @@
+import os
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -46,3 +48,20 @@ def test_only_what_ended_jobs_left_is_cleared_and_their_log_stays(
     assert not gone.inputs.exists()
     assert gone.log.exists()
     assert kept.inputs.exists()
+
+
+def test_what_is_left_of_an_ended_job_goes_after_some_days_and_a_waiting_jobs_never(
+    context: WorkerContext, submit: Submit, session: Session
+) -> None:
+    old, recent, waiting = (submit(chat_lines(12)) for _ in range(3))
+    session.execute(update(Job).where(Job.id.in_((old, recent))).values(status="failed"))
+    session.commit()
+    folders = [left_behind(context, job_id).path.parent for job_id in (old, recent, waiting)]
+    for folder in (folders[0], folders[2]):
+        long_ago = time.time() - 31 * 86_400
+        for path in (*folder.glob("*"), folder):
+            os.utime(path, (long_ago, long_ago))
+
+    sweep(context)
+
+    assert [folder.exists() for folder in folders] == [False, True, True]
