@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     BindParameter,
     ColumnElement,
     Float,
     Row,
+    Select,
     Subquery,
     bindparam,
     case,
@@ -69,12 +72,6 @@ def _held_per_project(kind: str) -> Subquery:
     )
 
 
-def _fits(room_bytes: int | None) -> ColumnElement[bool]:
-    if room_bytes is None:
-        return true()
-    return Job.memory_needed_bytes.is_(None) | (Job.memory_needed_bytes <= room_bytes)
-
-
 _HEADS = 3
 
 
@@ -92,17 +89,28 @@ def next_waiting(session: Session, kind: str, room_bytes: int | None) -> Turn | 
     Left out are those that are known to need more than `room_bytes`. Only each project's first three are looked at (the
     index has them in their order): the next two are for jobs that somebody has locked.
     """
+    statement = _whose_turn(kind, knows_room=room_bytes is not None)
+    values = {} if room_bytes is None else {"room_bytes": room_bytes}
+    row = session.execute(statement, values).one_or_none()
+    return None if row is None else Turn(row.id, row.attempt_no + 1)
+
+
+@cache
+def _whose_turn(kind: str, *, knows_room: bool) -> Select[str, int]:
+    """Return the statement, made once: to make it takes longer than to run it, and others wait for the claim's end."""
+    need, room = Job.memory_needed_bytes, bindparam("room_bytes", type_=BigInteger)
+    fits = [need.is_(None) | (need <= room)] if knows_room else []
     held = _held_per_project(kind)
     head = (
         select(Job.id, Job.priority, Job.created_at)
-        .where(Job.project_id == Project.id, *_waiting(kind), _fits(room_bytes))
+        .where(Job.project_id == Project.id, *_waiting(kind), *fits)
         .order_by(Job.priority.desc(), Job.created_at, Job.id)
         .limit(_HEADS)
         .lateral()
     )
     share = func.coalesce(held.c.n, 0).cast(Float) / func.greatest(Project.weight, 1)
     taken = aliased(Job)
-    statement = (
+    return (
         select(taken.id, taken.attempt_no)
         .select_from(Project)
         .join(head, true())
@@ -113,8 +121,6 @@ def next_waiting(session: Session, kind: str, room_bytes: int | None) -> Turn | 
         .limit(1)
         .with_for_update(of=taken, skip_locked=True)
     )
-    row = session.execute(statement).one_or_none()
-    return None if row is None else Turn(row.id, row.attempt_no + 1)
 
 
 @dataclass(frozen=True)
