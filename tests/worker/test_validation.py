@@ -34,6 +34,8 @@ def test_good_files_are_counted_and_every_auto_becomes_a_number(
     assert job.hyperparameters["n_epochs"] == 8  # OpenAI's rule: 100 // 12
     assert job.hyperparameters["context_length"] == 128  # the model's own
     assert "auto" not in job.hyperparameters.values()
+    assert job.memory_needed_bytes is not None
+    assert 10_000 < job.memory_needed_bytes < 100_000_000  # a tiny model's
 
 
 def test_long_examples_are_cut_and_counted_aloud(
