@@ -8,9 +8,10 @@ INSTALLED := $(VENV)/.installed
 OTHER_TRITON := $(VENV)/other-triton/.installed
 OTHER_TRITON_PIN := tests/qlora_core/aot/other-triton.txt
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-all kernels gpu gpu-bench check install clean
+.PHONY: help demo serve test test-all chaos kernels gpu gpu-bench check install clean
 
 help: ## show this
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|' 2>/dev/null \
@@ -27,6 +28,9 @@ test: $(INSTALLED) $(OTHER_TRITON) ## run the tests, with a real PostgreSQL and 
 
 test-all: $(INSTALLED) $(OTHER_TRITON) ## the same with the long forms
 	$(BIN)/pytest -n 2 --dist worksteal -m "not gpu" $(PYTEST_ARGS)
+
+chaos: $(INSTALLED) ## kill and restart workers and servers under thirty jobs, and look for anything lost or done twice (some minutes)
+	@$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 kernels: $(INSTALLED) $(OTHER_TRITON) ## compile every GPU kernel for every GPU we serve, and examine the machine code (no GPU needed)
 	@$(BIN)/python -m tests.qlora_core.aot
