@@ -14,6 +14,7 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
+from prometheus_client import CollectorRegistry
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -50,6 +51,7 @@ class State:
     catalog: Catalog
     doorbell: Doorbell
     feed: Feed
+    metrics: CollectorRegistry = field(default_factory=CollectorRegistry)
     is_set_up: threading.Event = field(default_factory=threading.Event)
     """Set once the first key is there."""
     transactions: anyio.CapacityLimiter = field(

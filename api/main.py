@@ -12,10 +12,12 @@ from fastapi import APIRouter, FastAPI
 from api import errors, pages, readiness, schema
 from api.deps import DocumentsBearer, State
 from api.middleware import Authenticate, JsonBody, RequestContext
-from api.routes import adapters, checkpoints, events, files, health, jobs, models, queue
+from api.request_metrics import RequestMetrics
+from api.routes import adapters, checkpoints, events, files, health, jobs, metrics, models, queue
 from api.startup import start_background
 from service import db
 from service.events.feed import Feed
+from service.metrics import ServiceCollector
 from service.models.catalog import Catalog
 from service.queue.kick import Doorbell
 from service.settings import Settings
@@ -48,6 +50,9 @@ def create_app(settings: Settings) -> FastAPI:
         doorbell=Doorbell(settings),
         feed=Feed.of(settings),
     )
+    state.metrics.register(
+        ServiceCollector(settings, db.sessions(state.probe_engine), state.storage.free_bytes)
+    )
     app = FastAPI(
         title="Nibble",
         version="0.1.0",
@@ -60,13 +65,18 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.nibble = state
     app.include_router(_v1())
     app.include_router(health.router)
+    app.include_router(metrics.router)
     pages.mount(app)
     schema.install(app)
     errors.install(app)
     # The last one added is the outermost.
     app.add_middleware(JsonBody)
     app.add_middleware(Authenticate, state=state)
-    app.add_middleware(RequestContext, organization_id=settings.organization_id)
+    app.add_middleware(
+        RequestContext,
+        organization_id=settings.organization_id,
+        metrics=RequestMetrics(state.metrics),
+    )
     return app
 
 

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.body import UnreadBody, check_query, read_json_body
 from api.deps import State
 from api.errors import answer
+from api.request_metrics import RequestMetrics
 from service.db import transaction
 from service.errors import InvalidApiKey, InvalidRequest
 from service.ids import new_id
@@ -26,7 +27,7 @@ from service.logging import get_logger
 log = get_logger(__name__)
 
 OPENAI_VERSION = "2020-10-01"
-_PROBES = {"/healthz", "/readyz"}
+_PROBES = {"/healthz", "/readyz", "/metrics"}
 """Asked every few seconds by whoever watches over the process."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{8,64}")
 _NO_KEY = (
@@ -38,9 +39,10 @@ _NO_KEY = (
 class RequestContext:
     """Gives a request its id, its log line, OpenAI's headers, and its answer when something was raised."""
 
-    def __init__(self, app: ASGIApp, organization_id: str) -> None:
+    def __init__(self, app: ASGIApp, organization_id: str, metrics: RequestMetrics) -> None:
         self._app = app
         self._organization_id = organization_id
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -76,6 +78,7 @@ class RequestContext:
                     log.exception("response_broken_off")
                     raise
                 await answer(error)(scope, body.receive, send_with_headers)
+            self._metrics.observe(scope, status=status, seconds=time.perf_counter() - started)
             log.log(
                 logging.DEBUG if scope["path"] in _PROBES else logging.INFO,
                 "request",
@@ -83,6 +86,7 @@ class RequestContext:
                 path=scope["path"],
                 status=status,
                 duration_ms=_ms_since(started),
+                **_job_of(scope),
             )
 
 
@@ -145,6 +149,12 @@ def _is_upload(scope: Scope) -> bool:
 def _request_id(headers: Headers) -> str:
     given = headers.get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else new_id("req_")
+
+
+def _job_of(scope: Scope) -> dict[str, str]:
+    """Return the id of the job that the address names, for the log's line."""
+    job_id = scope.get("path_params", {}).get("job_id")
+    return {"job_id": job_id} if isinstance(job_id, str) else {}
 
 
 def _ms_since(started: float) -> str:

@@ -4,6 +4,7 @@
     ├── InvalidRequest           400
     │   └── IdempotencyKeyReused 400, never to be retried
     ├── InvalidApiKey            401
+    ├── Forbidden                403
     ├── NotFound                 404
     ├── TooLarge                 413
     │   └── QuotaExceeded        413, never to be retried by itself
@@ -55,6 +56,14 @@ class InvalidApiKey(ServiceError):
     status = 401
     type = "invalid_request_error"
     default_code = "invalid_api_key"
+
+
+class Forbidden(ServiceError):
+    """The caller may not do this, whatever key it sends."""
+
+    status = 403
+    type = "invalid_request_error"
+    default_code = "forbidden"
 
 
 class NotFound(ServiceError):

@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     organization_id: str = "org-nibble"
     log_level: str = "INFO"
+    metrics_token: SecretStr | None = None
+    """Who sends it as a bearer token may read `/metrics`, from anywhere; None: whoever asks on this machine."""
+    worker_metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Where a worker answers `/metrics`; 0 takes a free port and logs it; None: nowhere."""
+    worker_metrics_host: str = "127.0.0.1"
 
     max_upload_bytes: int = Field(default=512_000_000, ge=1)
     min_free_bytes: int = Field(default=200_000_000, ge=0)

@@ -10,6 +10,7 @@ from service.settings import read_settings
 from service.storage import StorageUrlInvalid
 from worker.app import listen, make_worker_app
 from worker.crew import Crew
+from worker.metrics import GpuCollector, serve
 
 
 def main() -> None:
@@ -30,11 +31,17 @@ def main() -> None:
         sys.exit(f"nibble worker: {error}")
     if not crew.slots:
         sys.exit("nibble worker: there is nothing to do: no slot to train or to validate in")
+    registry = crew.context.metrics.registry
+    registry.register(
+        GpuCollector([slot.place.gpu for slot in crew.slots if slot.place.gpu is not None])
+    )
+    stop_metrics = serve(registry, settings)
     crew.start()
     try:
         listen(app, crew)
     finally:
         crew.stop()
+        stop_metrics()
 
 
 if __name__ == "__main__":

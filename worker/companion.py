@@ -4,6 +4,7 @@ What nobody expected must not end in silence: it is logged here, and raised in t
 the job back with the reason.
 """
 
+import contextvars
 import threading
 from collections.abc import Callable
 
@@ -21,7 +22,9 @@ class Companion:
         self._name = name
         self._act = act
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        # Its log lines have the ids of whom it works for.
+        ids = contextvars.copy_context()
+        self._thread = threading.Thread(target=lambda: ids.run(self._run), name=name, daemon=True)
 
     def start(self) -> None:
         """Begin."""

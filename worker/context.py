@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
@@ -15,6 +15,7 @@ from service.queue.kick import Doorbell
 from service.settings import Settings
 from service.storage import Storage
 from worker.folder import AttemptFolder
+from worker.metrics import WorkerMetrics
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ class WorkerContext:
     doorbell: Doorbell
     worker_id: str
     host: str
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
     def transaction(self) -> AbstractContextManager[Session]:
         """One transaction over the worker's own connections."""

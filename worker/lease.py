@@ -7,6 +7,7 @@ call to the database hangs. Time is CLOCK_BOOTTIME, which a suspended machine's 
 import threading
 import time
 
+import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -81,6 +82,9 @@ class LeaseKeeper:
             self._thread.join(timeout=1)
 
     def _run(self) -> None:
+        structlog.contextvars.bind_contextvars(
+            job_id=self._fence.job_id, attempt_no=self._fence.attempt_no
+        )
         poll_s = min(_LONGEST_POLL_S, self._renew_s)
         next_renewal = boottime() + self._renew_s
         while not self._stopping.wait(poll_s):

@@ -163,8 +163,14 @@ class Relay:
                 estimated_finish=self._pace.estimate(batch),
             )
             for line in batch:
+                self._count_step(line)
                 if line.kind == CHECKPOINT:
                     self._on_checkpoint(line)
+
+    def _count_step(self, line: Line) -> None:
+        took_s = line.data.get("step_time_s")
+        if line.type == "metrics" and isinstance(took_s, int | float):
+            self._context.metrics.step_seconds.observe(took_s)
 
 
 class Pace:

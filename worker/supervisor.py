@@ -9,6 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
+import structlog
+
 from service.adapters.actions import AdapterIncomplete
 from service.errors import ServiceError, StorageFull
 from service.logging import get_logger
@@ -79,9 +81,17 @@ class Supervisor:
 
     def run(self) -> None:
         """Run the attempt to its end and write what came of it. Nothing is written once the job is another's."""
+        self._context.metrics.claims.labels(self._claim.kind).inc()
+        with structlog.contextvars.bound_contextvars(
+            job_id=self._claim.job.id, attempt_no=self._claim.fence.attempt_no
+        ):
+            self._run_to_its_end()
+
+    def _run_to_its_end(self) -> None:
         try:
             self._run_and_conclude()
         except Fenced:
+            self._note_fenced()
             log.info("attempt_fenced", **self._names())
         except GivenUp:
             # The lease's end, or this host's next worker, takes the job back; its files are still here.
@@ -152,6 +162,7 @@ class Supervisor:
         relay.check()
         publisher.check()
         if self._keeper.is_fenced:
+            self._note_fenced()
             log.info("attempt_fenced", **self._names())
             return None
         return judge(
@@ -220,6 +231,8 @@ class Supervisor:
             # The adapter cannot be stored. It is still in the attempt's folder, so another attempt may manage.
             verdict = _no_room_or_no_answer(error)
             waiting = self._write(verdict)
+        outcome = "lost" if verdict.lost else verdict.kind
+        self._context.metrics.ended.labels(self._claim.kind, outcome).inc()
         log.info(
             "attempt_ended",
             outcome=verdict.kind,
@@ -231,6 +244,9 @@ class Supervisor:
             self._drop_folders()
         if waiting is not None:
             self._context.doorbell.kick(waiting)
+
+    def _note_fenced(self) -> None:
+        self._context.metrics.leases_lost.labels(self._claim.kind).inc()
 
     def _write(self, verdict: Verdict) -> Kind | None:
         return outlast(

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service import clock
+from service.db import after_commit
 from service.errors import InvalidRequest, NotFound, TooManyJobs
 from service.events.actions import NewEvent, append
 from service.ids import new_id
@@ -21,9 +22,12 @@ from service.jobs.fingerprint import Fingerprint
 from service.jobs.resolve import as_shown
 from service.jobs.spec import MAX_SEED, CreateJob, Method
 from service.keys.actions import Caller
+from service.logging import get_logger
 from service.models.catalog import Catalog
 from service.settings import Settings
 from service.tables import File, Job, Submission
+
+log = get_logger(__name__)
 
 MAX_PAGE = 100
 
@@ -74,6 +78,8 @@ def create(
     )
     repository.insert_job(session, job, submission)
     append(session, job.project_id, job.id, NewEvent(f"Created fine-tuning job: {job.id}"))
+    # The one line that has the request's id and the job's: workers know only the latter.
+    after_commit(session, lambda: log.info("job_created", job_id=job.id, model=job.model))
     return job
 
 
