@@ -66,4 +66,6 @@ def _pass(run: Run) -> None:
     batch = largest_possible(run.batching, run.dataset, batch_size=run.config.batch_size)
     cards = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cards):
-        run.loss_of(batch.to(device)).loss.backward()
+        found = run.loss_of(batch.to(device))
+        run.optimizer.prefetch()  # as beside the last backward of a step
+        found.loss.backward()

@@ -1,6 +1,6 @@
 """What of torch's process-wide state a run sets: threads, and algorithms that give the same bits each time.
 
-All of it is the caller's again when the run is over.
+All of it is the caller's again when the run is over, but for cuBLAS' setting, which the process keeps.
 """
 
 from __future__ import annotations
