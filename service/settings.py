@@ -77,6 +77,8 @@ class Settings(BaseSettings):
     """A job whose worker was lost this often in a row fails with worker_lost."""
     train_slots: int | None = Field(default=None, ge=0)
     """Training slots of a worker: None is one per GPU, or one on the CPU where there is no GPU."""
+    resume_point_every_s: float = Field(default=600.0, ge=0, le=1e9)
+    """How much of a training may have to be done again after a loss; it also saves after each epoch and at every stop."""
     train_time_s: int | None = Field(default=None, ge=1)
     """How long a job may train, all its attempts together; a job's own max_time_s may be shorter."""
     train_memory_bytes: int | None = Field(default=None, ge=1 << 30)

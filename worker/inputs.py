@@ -96,6 +96,7 @@ def prepare(
         "resume_from": None if resume is None else str(resume.folder),
         "device": device,
         "min_free_bytes": kept_free,
+        "resume_point_every_s": context.settings.resume_point_every_s,
         "memory_bytes": context.settings.validate_memory_bytes
         if claim.kind == "validate"
         else context.settings.train_memory_bytes,

@@ -67,6 +67,7 @@ def train_config(spec: dict[str, Any], model_folder: Path) -> "TrainConfig":
     return TrainConfig(
         **{name: resolved[name] for name in SETTING_NAMES if name in resolved},
         seed=spec["seed"],
+        resume_point_every_s=spec["resume_point_every_s"],
         micro_batch_tokens=_MICRO_BATCH_TOKENS,
         gradient_checkpointing=str(spec["device"]) != "cpu"
         or activation_bytes(model_folder, _MICRO_BATCH_TOKENS) > _KEPT_ACTIVATIONS_BYTES,

@@ -39,7 +39,12 @@ def _model(folder: Path, **config: Any) -> Path:
 
 
 def _spec(device: str) -> dict[str, Any]:
-    return {"hyperparameters": _RESOLVED, "seed": 7, "device": device}
+    return {
+        "hyperparameters": _RESOLVED,
+        "seed": 7,
+        "device": device,
+        "resume_point_every_s": 90.0,
+    }
 
 
 def test_every_hyperparameter_of_the_job_reaches_the_engine(tmp_path: Path) -> None:
@@ -54,7 +59,7 @@ def test_every_hyperparameter_of_the_job_reaches_the_engine(tmp_path: Path) -> N
     assert {f"lora_{name}": value for name, value in lora.items() if value} == {
         name: value for name, value in _RESOLVED.items() if name.startswith("lora_") and value
     }
-    assert config["seed"] == 7
+    assert (config["seed"], config["resume_point_every_s"]) == (7, 90.0)
 
 
 def test_a_job_that_was_resolved_before_a_setting_existed_gets_the_engines_default(
