@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from worker.reasons import is_disk_full
+from worker.child.failures import explain
+from worker.reasons import NoRoom, is_disk_full
 
 # What a child runs whose only writable disk has room for 64 KB.
 _MEET_A_FULL_DISK = """
@@ -103,3 +104,9 @@ def test_an_error_that_is_its_own_context_is_looked_at_once() -> None:
     first.__context__, second.__context__ = second, first
 
     assert not is_disk_full(first)
+
+
+def test_too_little_room_is_a_full_disk_that_says_how_much_was_needed() -> None:
+    told = explain(NoRoom("The job needs 5 bytes."))
+
+    assert (told["code"], told["message"]) == ("disk_full", "The job needs 5 bytes.")

@@ -3,10 +3,10 @@
 What we raise on purpose speaks for itself. Of anything else the user hears its name, and the log keeps its traceback.
 """
 
-import sys
 import traceback
 
 from qlora_core.errors import DatasetError, EngineError, ModelError
+from qlora_core.out_of_memory import is_out_of_memory
 from service.models.actions import ModelUnavailable
 from worker.reasons import OUT_OF_MEMORY_HINT, JobError, disk_full, is_disk_full, out_of_memory
 
@@ -28,7 +28,7 @@ def explain(error: BaseException) -> JobError:
         return _reason("model_unavailable", str(error), "model")
     if is_disk_full(error):
         return disk_full(error)
-    if isinstance(error, MemoryError) or _is_torch_out_of_memory(error):
+    if is_out_of_memory(error):
         traceback.print_exception(error)
         return out_of_memory()
     traceback.print_exception(error)
@@ -52,11 +52,3 @@ def _param(error: EngineError) -> str | None:
     if isinstance(error, DatasetError):
         return "training_file"
     return None
-
-
-def _is_torch_out_of_memory(error: BaseException) -> bool:
-    if "torch" not in sys.modules:  # not imported for this: a validating child has none
-        return False
-    from qlora_core.train.memory import OUT_OF_MEMORY, is_out_of_memory
-
-    return isinstance(error, OUT_OF_MEMORY) and is_out_of_memory(error)
