@@ -140,7 +140,12 @@ class HandWorker:
         """End the job with an error."""
         error = {"code": "loss_not_finite", "message": "The loss is not a number.", "param": None}
         with transaction(self._sessions) as session:
-            finish.failed(session, run.fence, error | {"hint": "Use a lower learning rate."})
+            finish.failed(
+                session,
+                run.fence,
+                error | {"hint": "Use a lower learning rate."},
+                detail={finish.LOG_TAIL: "step 3\nNaN"},
+            )
 
     def stopped(self, run: Claim) -> None:
         """Say that the child has stopped in good order, with its work unfinished."""

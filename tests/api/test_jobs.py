@@ -134,6 +134,7 @@ def test_a_failed_job_says_why(strict: OpenAI, training_file: str, worker: HandW
         None,
     )
     assert job.error.to_dict()["hint"] == "Use a lower learning rate."
+    assert job.error.to_dict()["log_tail"] == "step 3\nNaN"
 
 
 def test_hyperparameters_of_both_places_merge_and_the_methods_win(

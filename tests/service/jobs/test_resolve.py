@@ -41,7 +41,7 @@ ALWAYS = {
     "optimizer",
 }
 WARM_UP = {"warmup_ratio", "warmup_steps"}  # one of them
-NAMES = {*ALWAYS, *WARM_UP, "max_steps", "lora_exclude_modules"}
+NAMES = {*ALWAYS, *WARM_UP, "max_steps", "max_time_s", "lora_exclude_modules"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def test_a_job_that_may_stop_early_offers_its_best_adapter_unless_told_otherwise
 
 
 def test_what_has_no_value_for_none_is_there_only_if_given() -> None:
-    asked = {"max_steps": 9, "lora_exclude_modules": ["o_proj"]}
+    asked = {"max_steps": 9, "max_time_s": 60, "lora_exclude_modules": ["o_proj"]}
 
     resolved = resolve_hyperparameters(asked, Report(100), None)
 
@@ -210,6 +210,7 @@ requests = st.fixed_dictionaries(
         "warmup_ratio": _auto(st.floats(0, 1)),
         "warmup_steps": _auto(st.integers(0, 1_000_000)),
         "max_steps": _auto(st.integers(1, 10_000_000)),
+        "max_time_s": _auto(st.integers(1, 31_536_000)),
         "train_on_inputs": _auto(st.booleans()),
         "packing": _auto(st.booleans()),
         "eval_steps": _auto(st.integers(0, 1_000_000)),
