@@ -1,6 +1,6 @@
 """The `nibble` program: the client's commands, and where the server's packages are installed, the server's.
 
-`up`, `demo`, `keys` and `doctor` belong to `operations`; it is imported when one of them runs, so that the client needs none of it.
+`up`, `demo`, `keys`, `doctor`, `dump` and `restore` belong to `operations`; it is imported when one of them runs, so that the client needs none of it.
 """
 
 import importlib
@@ -79,6 +79,20 @@ def keys(context: typer.Context) -> None:
 def doctor(context: typer.Context) -> None:
     """Examine the service: servers, schema, GPUs, disk, clock, queue."""
     _operations("doctor", context.args)
+
+
+@app.command(**_PASSED_ON)
+@guarded
+def dump(context: typer.Context) -> None:
+    """Save the database and all blobs (`nibble dump FOLDER`)."""
+    _operations("dump", context.args)
+
+
+@app.command(**_PASSED_ON)
+@guarded
+def restore(context: typer.Context) -> None:
+    """Put a dump into a new data folder (`nibble restore FOLDER`)."""
+    _operations("restore", context.args)
 
 
 def _operations(command: str, arguments: list[str]) -> None:

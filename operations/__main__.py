@@ -1,4 +1,4 @@
-"""`python -m operations COMMAND`: what `nibble up`, `nibble demo`, `nibble keys` and `nibble doctor` run."""
+"""`python -m operations COMMAND`: what `nibble up`, `nibble demo`, `nibble keys`, `nibble doctor`, `nibble dump` and `nibble restore` run."""
 
 import sys
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ import typer
 
 from nibble.usage import Program
 from operations import keys
+from operations.backup.command import dump, restore
 from operations.demo.run import demo
 from operations.doctor.command import doctor
 from operations.up import up
@@ -21,6 +22,8 @@ app = typer.Typer(
 app.command()(up)
 app.command()(demo)
 app.command()(doctor)
+app.command()(dump)
+app.command()(restore)
 app.add_typer(keys.app, name="keys")
 
 

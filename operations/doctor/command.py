@@ -1,10 +1,8 @@
 """`nibble doctor`: one line for each thing examined; exit status 1 where one does not work."""
 
-import re
 from typing import Annotated
 
 import typer
-from pydantic import SecretStr
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -13,7 +11,7 @@ from nibble.commands.options import Json
 from nibble.endings import ExitCode, guarded, refused
 from operations.doctor import gpus, machine, queue, servers
 from operations.doctor.finding import Finding, fail
-from operations.embedded import postgres, valkey
+from operations.running import with_running_service
 from operations.up import DataDir
 from service import db
 from service.settings import Settings, SettingsInvalid, read_settings
@@ -31,7 +29,7 @@ def doctor(
 ) -> None:
     """Examine the service: servers, schema, GPUs, disk, clock, queue; say what to do where something is wrong."""
     try:
-        settings = _found(read_settings(data_dir=data_dir))
+        settings = with_running_service(read_settings(data_dir=data_dir))
     except SettingsInvalid as error:
         raise refused(str(error)) from error
     findings = examine(settings, probe=probe)
@@ -85,25 +83,3 @@ def _ask_database(settings: Settings, engine: Engine) -> list[Finding]:
             findings.append(queue.examine_queue(session, settings))
             findings.append(queue.examine_leases(session, settings))
     return findings
-
-
-def _found(settings: Settings) -> Settings:
-    """Fill in the servers and the port of a `nibble up` that runs over the data folder, where none are set."""
-    found: dict[str, object] = {}
-    if settings.database_url is None and (url := postgres.running_url(settings.data_dir)):
-        found["database_url"] = SecretStr(url)
-    if settings.redis_url is None and (url := valkey.running_url(settings.data_dir)):
-        found["redis_url"] = SecretStr(url)
-    if (port := _noted_port(settings)) is not None:
-        found["port"] = port
-    return settings.model_copy(update=found)
-
-
-def _noted_port(settings: Settings) -> int | None:
-    """Return the port that `nibble up` noted in its lock's file: it may have chosen one."""
-    try:
-        noted = (settings.data_dir / "lock").read_text("utf-8")
-    except OSError:
-        return None
-    match = re.search(r"://\S+:(\d+)\s*$", noted)
-    return int(match[1]) if match else None

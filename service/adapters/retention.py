@@ -17,6 +17,7 @@ from service.adapters import repository
 from service.db import transaction
 from service.errors import ServiceError
 from service.logging import get_logger
+from service.removal.repository import may_remove
 from service.storage import Storage
 
 log = get_logger(__name__)
@@ -85,6 +86,8 @@ def run_once(
 
 def _remove_batch(sessions: sessionmaker[Session], storage: Storage, ended_before: datetime) -> int:
     with transaction(sessions) as session:
+        if not may_remove(session):
+            return 0
         adapters = repository.lock_unreferenced(session, ended_before=ended_before, limit=_BATCH)
         for adapter in adapters:
             for file in adapter.files:

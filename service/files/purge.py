@@ -16,6 +16,7 @@ from service.db import transaction
 from service.errors import ServiceError
 from service.files import repository
 from service.logging import get_logger
+from service.removal.repository import may_remove
 from service.storage import Storage
 
 log = get_logger(__name__)
@@ -68,6 +69,8 @@ def run_once(sessions: sessionmaker[Session], storage: Storage, *, grace: timede
 
 def _remove_batch(sessions: sessionmaker[Session], storage: Storage, grace: timedelta) -> int:
     with transaction(sessions) as session:
+        if not may_remove(session):
+            return 0
         files = repository.lock_purgeable(session, hidden_before=clock.now() - grace, limit=_BATCH)
         for file in files:
             storage.delete(file.blob_key)  # a rollback repeats it, which is harmless
