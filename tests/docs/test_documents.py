@@ -16,7 +16,8 @@ _LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 _TOP = "api|worker|service|qlora_core|nibble|operations|migrations|tests|docs|examples|bench"
 _PATH = re.compile(rf"`((?:{_TOP})/[\w./-]*)")
 _COMMAND = re.compile(
-    r"(?:^|[\s`/])nibble ((?:files|jobs|models|keys|up|demo|doctor|dump|restore)\b(?: [a-z]+)?)", re.MULTILINE
+    r"(?:^|[\s`/])nibble ((?:files|jobs|models|keys|up|demo|doctor|dump|restore)\b(?: [a-z]+)?)",
+    re.MULTILINE,
 )
 _MAKE = re.compile(r"\bmake ([a-z][a-z-]*)\b")
 

@@ -77,7 +77,9 @@ def run(_: AttemptFolder, spec: dict[str, Any], report: Report) -> dict[str, Any
         "error": None,
         "report": reports,
         "hyperparameters": resolved,
-        "memory_needed_bytes": memory_needed(folder, resolved, longest_tokens=training.longest_tokens),
+        "memory_needed_bytes": memory_needed(
+            folder, resolved, longest_tokens=training.longest_tokens
+        ),
     }
 
 
