@@ -23,8 +23,8 @@ from torch import nn
 from bench.surroundings import RESULTS, surroundings
 from qlora_core.optim.flat_adamw import FlatAdamW
 from qlora_core.train.progress import Progress
-from qlora_core.train.resume import save_resume_point
-from qlora_core.train.resume_point_files import discard_old_points
+from qlora_core.train.resume.files import discard_old_points
+from qlora_core.train.resume.points import save_resume_point
 
 # Adapter and moments in float32 of rank 16 over square layers: tensors of 16 x width.
 SIZES = {"50 MB": (128, 2048), "340 MB": (432, 4096)}

@@ -1,4 +1,4 @@
-"""Peak memory of a training step by kind: the names and meanings of `qlora_core.train.memory.MemoryMeter`."""
+"""Peak memory of a training step by kind: the names and meanings of `qlora_core.train.memory.meter.MemoryMeter`."""
 
 from __future__ import annotations
 

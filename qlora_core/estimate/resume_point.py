@@ -1,4 +1,4 @@
-"""The bytes of a resume point on disk, from the sizes of the trained tensors; what is in one: `qlora_core.train.resume`."""
+"""The bytes of a resume point on disk, from the sizes of the trained tensors; what is in one: `qlora_core.train.resume.points`."""
 
 from __future__ import annotations
 

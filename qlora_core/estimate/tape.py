@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 SMALLEST_ON_HOST = 64 * 1024
-"""Bytes of a tensor that is worth a copy to the host and back, as in `qlora_core.train.host_memory`."""
+"""Bytes of a tensor that is worth a copy to the host and back, as in `qlora_core.train.memory.host_memory`."""
 
 
 class Ledger:

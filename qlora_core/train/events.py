@@ -64,7 +64,7 @@ class StepMetrics(Event):
         mfu: model FLOPs utilization, the share of the device's 16-bit peak that the step's operations
             made use of (`flops`); None where the peak is not known, as on a CPU.
         trained_tokens: of the whole run so far.
-        memory: bytes by kind (`memory.MemoryMeter`).
+        memory: bytes by kind (`memory.meter.MemoryMeter`).
         highest_losses: the step's three examples with the highest mean loss per trained token, highest
             first: each ``{"example": its number in the dataset, from 0, "line": in the file, from 1, "loss":
             in nats}``.
@@ -158,7 +158,7 @@ class OutOfMemoryRecovered(Event):
         cost: in words.
         slower: about how many times as long a step takes, by calculation; None where nothing is known.
         micro_batch_tokens: of a forward pass at most, from now on.
-        memory: bytes when it had ended (`memory.measured_memory`).
+        memory: bytes when it had ended (`memory.meter.measured_memory`).
     """
 
     kind = "out_of_memory_recovered"

@@ -16,11 +16,11 @@ from qlora_core.text import TextEncoder
 from qlora_core.train.config import TrainConfig
 from qlora_core.train.events import Notice, RunFinished, RunStarted, SamplesGenerated, Sink
 from qlora_core.train.generate import answer_samples
-from qlora_core.train.memory import base_bytes, out_of_memory_named
+from qlora_core.train.memory.meter import base_bytes, out_of_memory_named
+from qlora_core.train.memory.rehearsal import rehearse
 from qlora_core.train.plan import device_name
 from qlora_core.train.progress import Progress
-from qlora_core.train.rehearsal import rehearse
-from qlora_core.train.resuming import resume
+from qlora_core.train.resume.resuming import resume
 from qlora_core.train.run import Run, prepare
 from qlora_core.train.saving import (
     keep_adapter,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qlora_core.data import Batch
 from qlora_core.train.head import Head, find_head
-from qlora_core.train.host_memory import saved_on_host
+from qlora_core.train.memory.host_memory import saved_on_host
 from qlora_core.train.packed_attention import packed_row
 
 # Float32 logits of a chunk: 128 MiB.

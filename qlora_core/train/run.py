@@ -25,13 +25,13 @@ from qlora_core.nn.targets import left_out
 from qlora_core.optim import build_optimizer
 from qlora_core.optim.flat_adamw import FlatAdamW
 from qlora_core.text import TextEncoder
-from qlora_core.train.checkpointing import checkpoint_activations, keep_activations
 from qlora_core.train.config import TrainConfig
 from qlora_core.train.device_peaks import peak_flops_per_s
 from qlora_core.train.events import Notice, Sink
 from qlora_core.train.flops import ModelShapes, count_shapes
 from qlora_core.train.loss import SupervisedLoss
-from qlora_core.train.memory import MemoryMeter
+from qlora_core.train.memory.checkpointing import checkpoint_activations, keep_activations
+from qlora_core.train.memory.meter import MemoryMeter
 from qlora_core.train.packing import Packing, alone_above, choose_packing
 from qlora_core.train.plan import OF_SETTINGS, ExecutionPlan, device_name, followed, plan_of
 from qlora_core.train.progress import Progress

@@ -9,8 +9,8 @@ from qlora_core.export import save_adapter, save_tokenizer_files
 from qlora_core.train.events import CheckpointSaved, ResumePointSaved
 from qlora_core.train.folders import step_folder
 from qlora_core.train.progress import Progress
-from qlora_core.train.resume import save_resume_point
-from qlora_core.train.resume_point_files import discard_old_points
+from qlora_core.train.resume.files import discard_old_points
+from qlora_core.train.resume.points import save_resume_point
 from qlora_core.train.run import Run
 from qlora_core.whole_folder import written_whole
 

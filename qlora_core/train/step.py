@@ -20,8 +20,8 @@ from qlora_core.errors import LossNotFiniteError
 from qlora_core.optim import learning_rate_at
 from qlora_core.train.events import Notice, StepMetrics
 from qlora_core.train.flops import training_flops
+from qlora_core.train.memory.recovery import until_it_fits
 from qlora_core.train.progress import Progress
-from qlora_core.train.recovery import until_it_fits
 from qlora_core.train.run import Run
 
 _NOT_FINITE_ALLOWED = 2

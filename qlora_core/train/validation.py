@@ -10,8 +10,8 @@ import math
 
 from qlora_core.train.evaluate import evaluate
 from qlora_core.train.events import Notice, ValidationMetrics
+from qlora_core.train.memory.recovery import until_it_fits
 from qlora_core.train.progress import Progress
-from qlora_core.train.recovery import until_it_fits
 from qlora_core.train.run import Run
 from qlora_core.train.weights import copied_weights
 

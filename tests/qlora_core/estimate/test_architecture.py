@@ -19,7 +19,7 @@ from qlora_core.estimate.describing import describe
 from qlora_core.estimate.settings import read_settings
 from qlora_core.models.census import take_census
 from qlora_core.nn import LoraConfig
-from qlora_core.train.memory import base_bytes
+from qlora_core.train.memory.meter import base_bytes
 from tests.qlora_core.estimate.families import FAMILIES, config_of
 
 

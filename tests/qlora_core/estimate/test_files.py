@@ -12,7 +12,7 @@ from qlora_core import TrainConfig, estimate, save_adapter
 from qlora_core.estimate import Estimate
 from qlora_core.optim import OPTIMIZERS
 from qlora_core.train.progress import Progress
-from qlora_core.train.resume import save_resume_point
+from qlora_core.train.resume.points import save_resume_point
 from qlora_core.train.run import Run
 from qlora_core.train.step import take_step
 from qlora_core.train.weights import copied_weights

@@ -18,8 +18,8 @@ from qlora_core.data.dataset import Examples
 from qlora_core.nn import LoraConfig, add_lora, lora_modules
 from qlora_core.text import EncodedExample, TextEncoder
 from qlora_core.train import Event, Notice, StepMetrics, ValidationMetrics, packed_attention, train
-from qlora_core.train.checkpointing import checkpoint_activations
 from qlora_core.train.loss import SupervisedLoss
+from qlora_core.train.memory.checkpointing import checkpoint_activations
 from qlora_core.train.packed_attention import packed_row
 from qlora_core.train.packing import Packing, alone_above, choose_packing
 from tests.qlora_core.models.families import FAMILIES as ALL_FAMILIES

@@ -8,7 +8,7 @@ from typing import Any
 from qlora_core.errors import EngineError, OutOfMemoryError
 from qlora_core.estimate import estimate
 from qlora_core.estimate.fitting import largest_fitting
-from qlora_core.train.free_memory import free_bytes
+from qlora_core.train.memory.free_memory import free_bytes
 from qlora_core.train.run import Run
 
 _KINDS = {

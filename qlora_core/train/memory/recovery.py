@@ -15,11 +15,11 @@ from torch import Tensor
 from qlora_core.out_of_memory import OUT_OF_MEMORY, is_out_of_memory
 from qlora_core.quant.workspace import release_idle
 from qlora_core.train.events import OutOfMemoryRecovered
-from qlora_core.train.free_memory import return_freed
-from qlora_core.train.memory import measured_memory
-from qlora_core.train.notches import make_more_frugal
-from qlora_core.train.out_of_memory import out_of_memory
-from qlora_core.train.random_states import random_states, restore_random_states
+from qlora_core.train.memory.free_memory import return_freed
+from qlora_core.train.memory.meter import measured_memory
+from qlora_core.train.memory.notches import make_more_frugal
+from qlora_core.train.memory.out_of_memory import out_of_memory
+from qlora_core.train.resume.random_states import random_states, restore_random_states
 from qlora_core.train.run import Run
 
 Found = TypeVar("Found")

@@ -1,6 +1,6 @@
 """A process of its own that trains within a limit on its memory which system or driver hold, and prints what it told.
 
-``python -m tests.qlora_core.train.in_little_memory MODEL TRAIN.jsonl OUT CONTEXT MIB DEVICE`` with so many MiB beside what it
+``python -m tests.qlora_core.train.memory.in_little_memory MODEL TRAIN.jsonl OUT CONTEXT MIB DEVICE`` with so many MiB beside what it
 holds when the model is loaded; 0 for no limit.
 """
 

@@ -26,7 +26,7 @@ from qlora_core.train import (
 from qlora_core.train.progress import Progress
 from qlora_core.train.run import Run, prepare
 from qlora_core.train.step import take_step
-from tests.qlora_core.train.memory_cap import MemoryCap
+from tests.qlora_core.train.memory.memory_cap import MemoryCap
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

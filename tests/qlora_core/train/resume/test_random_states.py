@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_core.train.random_states import random_states, restore_random_states
+from qlora_core.train.resume.random_states import random_states, restore_random_states
 
 
 def test_the_cpus_generator_goes_on_where_it_was() -> None:

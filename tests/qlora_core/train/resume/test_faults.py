@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.qlora_core.train.full_disks import NOT_ALLOWED
-from tests.qlora_core.train.tiny_points import TinyRun, taken
+from tests.qlora_core.train.resume.full_disks import NOT_ALLOWED
+from tests.qlora_core.train.resume.tiny_points import TinyRun, taken
 
 _SEED = 20261124
 
@@ -78,7 +78,7 @@ def test_where_a_file_cannot_grow_the_last_point_is_taken_and_nothing_is_left_of
 
 def _told(module: str, folder: Path, count: int) -> list[dict[str, Any]]:
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.qlora_core.train.{module}", folder, str(_SEED), str(count)],
+        [sys.executable, "-m", f"tests.qlora_core.train.resume.{module}", folder, str(_SEED), str(count)],
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     if done.returncode == NOT_ALLOWED:

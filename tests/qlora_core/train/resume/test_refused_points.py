@@ -24,9 +24,9 @@ from qlora_core.train import (
     TrainResult,
 )
 from qlora_core.train.progress import Progress
-from qlora_core.train.resume import load_resume_point, save_resume_point
-from qlora_core.train.resume_point_files import discard_old_points
-from tests.qlora_core.train.changed_points import change_state, state_of
+from qlora_core.train.resume.files import discard_old_points
+from qlora_core.train.resume.points import load_resume_point, save_resume_point
+from tests.qlora_core.train.resume.changed_points import change_state, state_of
 
 # 12 examples in batches of 4: epochs end after steps 3 and 6.
 TOTAL_STEPS = 6

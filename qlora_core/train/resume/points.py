@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from qlora_core.errors import ResumePointError
 from qlora_core.quoting import quoted, shown
 from qlora_core.train.progress import Progress
-from qlora_core.train.random_states import random_states, restore_random_states
-from qlora_core.train.resume_point_files import points_of, read_point, write_point
-from qlora_core.train.versions import library_versions
+from qlora_core.train.resume.files import points_of, read_point, write_point
+from qlora_core.train.resume.random_states import random_states, restore_random_states
+from qlora_core.train.resume.versions import library_versions
 from qlora_core.train.weights import Weights, fits, put_back, trained_weights
 
 _ADAPTER, _BEST, _OPTIMIZER, _RANDOM = _FILES = ("adapter", "best", "optimizer", "random")

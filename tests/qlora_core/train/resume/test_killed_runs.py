@@ -54,7 +54,7 @@ def test_whatever_is_killed_the_adapter_and_the_figures_are_those_of_the_unbroke
     (tmp_path / "cases.json").write_text(json.dumps(cases))
 
     done = subprocess.run(
-        [sys.executable, "-m", "tests.qlora_core.train.killed_runs", tmp_path],
+        [sys.executable, "-m", "tests.qlora_core.train.resume.killed_runs", tmp_path],
         capture_output=True, text=True, timeout=1700, check=False,
     )  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Trains the same run twice: once unbroken, and once killed and resumed again and again until it is done.
 
-``python -m tests.qlora_core.train.killed_runs FOLDER`` reads ``cases.json`` there and leaves of each case, in a folder of its number,
+``python -m tests.qlora_core.train.resume.killed_runs FOLDER`` reads ``cases.json`` there and leaves of each case, in a folder of its number,
 the runs' own folders ``whole`` and ``broken`` with what both told in ``whole.jsonl`` and ``broken.jsonl``, and in ``kills.json`` what each
 kill interrupted. Every run is a process of its own, forked from this one, which has only imported and read what they share.
 """

@@ -1,6 +1,6 @@
 """Kills writers of resume points, again and again, and looks after each what a run would go on from.
 
-``python -m tests.qlora_core.train.killed_writers FOLDER SEED COUNT`` prints a line of JSON for each: the last step whose
+``python -m tests.qlora_core.train.resume.killed_writers FOLDER SEED COUNT`` prints a line of JSON for each: the last step whose
 writing the writer saw end, the step that a run takes, what was refused, and whether something was left half-written.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tests.qlora_core.train.tiny_points import TinyRun, taken
+from tests.qlora_core.train.resume.tiny_points import TinyRun, taken
 
 _STEP_BYTES = 4
 

@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _trained(
     model: Path, data: Path, out: Path, *, context: int, mib: int, device: str = "cpu"
 ) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.qlora_core.train.in_little_memory"]
+    command = [sys.executable, "-m", "tests.qlora_core.train.memory.in_little_memory"]
     done = subprocess.run(
         [*command, str(model), str(data), str(out), str(context), str(mib), device],
         capture_output=True, text=True, timeout=300, check=False,

@@ -1,6 +1,6 @@
 """Writes resume points to a disk that is full at a random byte, again and again, and looks what a run would go on from.
 
-``python -m tests.qlora_core.train.full_disks FOLDER SEED COUNT`` mounts a small file system over the folder, for itself alone;
+``python -m tests.qlora_core.train.resume.full_disks FOLDER SEED COUNT`` mounts a small file system over the folder, for itself alone;
 where that is not allowed it ends with 77. It prints a line of JSON for each: the error's number, the names that were left,
 the step that a run takes then, and the step that it takes after there was room again and a point was written.
 """
@@ -14,7 +14,7 @@ import random
 import sys
 from pathlib import Path
 
-from tests.qlora_core.train.tiny_points import TinyRun, taken
+from tests.qlora_core.train.resume.tiny_points import TinyRun, taken
 
 NOT_ALLOWED = 77
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000

@@ -10,8 +10,8 @@ from qlora_core.errors import ConfigError
 from qlora_core.train.events import Notice, ResumeNotExact
 from qlora_core.train.plan import ExecutionPlan
 from qlora_core.train.progress import Progress
-from qlora_core.train.resume import load_resume_point
-from qlora_core.train.resume_point_files import set_aside
+from qlora_core.train.resume.files import set_aside
+from qlora_core.train.resume.points import load_resume_point
 from qlora_core.train.run import Run
 from qlora_core.train.saving import resume_points
 from qlora_core.whole_folder import put_back_replaced

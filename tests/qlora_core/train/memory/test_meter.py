@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qlora_core import Dataset, TextEncoder, TrainConfig, train
 from qlora_core.train import Event, RunStarted, StepMetrics
-from qlora_core.train.memory import base_bytes
+from qlora_core.train.memory.meter import base_bytes
 
 # Of `save_tiny_llama`, by its config.
 WIDTH, FEED_FORWARD, VOCABULARY, LAYERS = 64, 96, 384, 2

@@ -13,7 +13,7 @@ import torch
 
 from qlora_core.data import largest_possible
 from qlora_core.train.events import Notice
-from qlora_core.train.recovery import until_it_fits
+from qlora_core.train.memory.recovery import until_it_fits
 from qlora_core.train.run import Run
 from qlora_core.train.surroundings import callers_kept, surround
 

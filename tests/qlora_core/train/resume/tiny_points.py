@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qlora_core.optim.flat_adamw import FlatAdamW
 from qlora_core.train.progress import Progress
-from qlora_core.train.resume import load_resume_point, save_resume_point
-from qlora_core.train.resume_point_files import discard_old_points
+from qlora_core.train.resume.files import discard_old_points
+from qlora_core.train.resume.points import load_resume_point, save_resume_point
 
 IDENTITY = {"config": {"seed": 0}}
 # Odd sizes; some 250 KB with their moments.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_core.errors import ResumePointError
-from qlora_core.train.resume_point_files import (
+from qlora_core.train.resume.files import (
     discard_old_points,
     points_of,
     read_point,

@@ -24,7 +24,7 @@ from qlora_core.train import (
     TrainResult,
     ValidationMetrics,
 )
-from tests.qlora_core.train.changed_points import change_state, state_of
+from tests.qlora_core.train.resume.changed_points import change_state, state_of
 
 # 12 examples in batches of 4: epochs end after steps 3 and 6.
 TOTAL_STEPS = 6

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from qlora_core import Dataset, TextEncoder, TrainConfig, load_model
-from qlora_core.train.host_memory import saved_on_host
+from qlora_core.train.memory.host_memory import saved_on_host
 from qlora_core.train.run import Run, prepare
 from qlora_core.train.step import accumulate
 

@@ -14,7 +14,7 @@ from qlora_core import Dataset, TextEncoder, TrainConfig, train
 from qlora_core.errors import OutOfMemoryError
 from qlora_core.nn import LoraConfig
 from qlora_core.train import Event, Notice
-from qlora_core.train.rehearsal import rehearse
+from qlora_core.train.memory.rehearsal import rehearse
 from qlora_core.train.run import Run, prepare
 
 
