@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.surroundings import RESULTS, surroundings
+from operations.stopping import stop_on_signals
 from tests.chaos.faults import FAULTS, SHORT
 from tests.chaos.storm import Outcome, run
 from tests.tiny_models import save_tiny_llama
@@ -28,6 +29,7 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the result")
     parser.add_argument("--keep", type=Path, help="a new folder for data and logs, which stays")
     arguments = parser.parse_args()
+    stop_on_signals()
     seed = int(time.time()) if arguments.seed is None else arguments.seed
     about = surroundings("openai", "celery", "torch")
     began = time.monotonic()

@@ -68,16 +68,6 @@ def restart_postgres(service: Service, rng: random.Random) -> Hit | None:
     return _signal_server(service, "postgres", signal.SIGINT)
 
 
-def kill_postgres(service: Service, rng: random.Random) -> Hit | None:
-    """kill -9 of the postmaster."""
-    return _signal_server(service, "postgres", signal.SIGKILL)
-
-
-def kill_valkey(service: Service, rng: random.Random) -> Hit | None:
-    """kill -9 of Valkey."""
-    return _signal_server(service, "valkey-server", signal.SIGKILL)
-
-
 def kill_api(service: Service, rng: random.Random) -> Hit | None:
     """kill -9 of the API, whatever it is doing."""
     return _signal_server(service, "api", signal.SIGKILL)
@@ -90,8 +80,6 @@ FAULTS: dict[str, Fault] = {
     "PostgreSQL: fast restart": restart_postgres,
     "kill -9 of a validating child": kill_validating_child,
     "kill -9 of the API": kill_api,
-    "Valkey: kill -9": kill_valkey,
-    "PostgreSQL: kill -9": kill_postgres,
 }
 SHORT = list(FAULTS)[:4]
 

@@ -7,7 +7,6 @@ carries a mark in its environment, so that what is left over at the end can be t
 import os
 import secrets
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -149,7 +148,8 @@ class Service:
         with suppress(psutil.Error):
             for child in psutil.Process(self._kept[0].running.process.pid).children():
                 words = child.cmdline()
-                if any(Path(word).name == name for word in (words[0], words[-1])):
+                program = words[0].partition(" ")[0]  # Valkey writes its socket behind its name
+                if name in (Path(program).name, words[-1]):
                     return child
         return None
 
@@ -214,14 +214,13 @@ class Launcher:
 
     def __init__(self, environment: dict[str, str], log: Path) -> None:
         self.log = log
-        with processes.open_log(log) as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "operations", "up", "--no-worker"],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=environment,
-            )
+        # Where the run itself is killed, the launcher is told to stop, and takes everything along.
+        self.process = processes.start_tied(
+            [sys.executable, "-m", "operations", "up", "--no-worker"],
+            log=log,
+            death_signal=signal.SIGTERM,
+            env=environment,
+        )
 
     def stop(self) -> None:
         """Ask it to stop everything; safe to call twice."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos.checks import Findings, examine, held_locks
-from tests.chaos.faults import FAULTS, Fault, Hit
+from tests.chaos.faults import FAULTS, Hit
 from tests.chaos.recovery import Jobs, Recovery, look
 from tests.chaos.service import NotInTime, Service
 from tests.chaos.users import Users
@@ -84,7 +84,7 @@ def _strike(service: Service, rng: random.Random, faults: Sequence[str]) -> list
     strikes: list[Strike] = []
     for name in faults:
         service.pause(rng.uniform(0, _LONGEST_PAUSE_S))
-        before, hit = _hit(service, rng, FAULTS[name])
+        before, hit = _hit(service, rng, name)
         began = time.monotonic()
         service.say(f"{name}: {hit.what}, with {len(hit.jobs)} jobs")
         recovery = Recovery(service, before, hit)
@@ -96,16 +96,16 @@ def _strike(service: Service, rng: random.Random, faults: Sequence[str]) -> list
     return strikes
 
 
-def _hit(service: Service, rng: random.Random, fault: Fault) -> tuple[Jobs, Hit]:
+def _hit(service: Service, rng: random.Random, name: str) -> tuple[Jobs, Hit]:
     """Wait for a victim and hit it; return how the jobs stood just before."""
     deadline = time.monotonic() + _VICTIM_S
     while time.monotonic() < deadline:
         before = look(service)
-        hit = fault(service, rng) if before is not None else None
+        hit = FAULTS[name](service, rng) if before is not None else None
         if before is not None and hit is not None:
             return before, hit
         service.pause(0.1)
-    raise NotInTime(f"there was no victim within {_VICTIM_S:.0f} s: too few jobs for these faults")
+    raise NotInTime(f"{name}: there was no victim within {_VICTIM_S:.0f} s")
 
 
 def _let_all_end(service: Service, users: Users) -> None:
