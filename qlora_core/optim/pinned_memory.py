@@ -119,10 +119,9 @@ class PinnedMemory:
         self._going.synchronize()
 
     def _bring(self, place: slice, room: Tensor) -> _Arrival:
-        self._coming.wait_for_current()  # new room may still be in use there
-        self._coming.wait_for(
-            self._going
-        )  # the piece that is leaving the room, and home's last writes
+        # New room may still be in use on the one; on the other a piece may be leaving it, and writing home.
+        self._coming.wait_for_current()
+        self._coming.wait_for(self._going)
         with self._coming.work():
             _copy(part_of(self.home, place), self._in(room, place))
         return _Arrival(place, room, self._coming.mark())
