@@ -4,11 +4,12 @@ The tasks return at once. The work itself runs in the slots' own threads (worker
 restarted or emptied touches no attempt, and a warm shutdown never waits for hours.
 """
 
+import logging
 import warnings
 
 from celery import Celery
 from celery.exceptions import SecurityWarning
-from celery.signals import worker_shutting_down
+from celery.signals import setup_logging, worker_shutting_down
 
 from service.queue.broker import KINDS, Kind, make_app, task_name
 from service.settings import Settings
@@ -20,9 +21,16 @@ _ANSWER_WITHIN_S = 30.0
 def make_worker_app(settings: Settings, crew: Crew) -> Celery:
     """Return the Celery app whose tasks ring `crew`."""
     app = make_app(settings, answer_within_s=_ANSWER_WITHIN_S)
+    setup_logging.connect(_keep_our_logging, weak=False)
     for kind in KINDS:
         _add_kick(app, crew, kind)
     return app
+
+
+def _keep_our_logging(**_: object) -> None:
+    """Whoever listens to this signal keeps Celery from giving the root logger its own level, which hid attempts' lines."""
+    level = max(logging.getLogger().level, logging.WARNING)
+    logging.getLogger("celery").setLevel(level)  # else it tells of every kick
 
 
 def _add_kick(app: Celery, crew: Crew, kind: Kind) -> None:
@@ -48,7 +56,6 @@ def listen(app: Celery, crew: Crew) -> None:
         f"--concurrency={max(1, len(crew.slots))}",
         f"--queues={','.join(kinds)}",
         f"--hostname={crew.context.worker_id}@{crew.context.host}",
-        "--loglevel=WARNING",
         "--without-gossip",
         "--without-mingle",
         "--without-heartbeat",
