@@ -1,6 +1,8 @@
 """Are PostgreSQL, the broker, the storage and the API there, of versions that do, at the newest schema, at the same time of day?"""
 
 import time
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from redis import Redis
 from redis.exceptions import RedisError
@@ -94,7 +96,11 @@ def examine_broker(settings: Settings) -> Finding:
 
 
 def examine_storage(settings: Settings) -> Finding:
-    """Ask for a blob that is not there."""
+    """Ask for a blob that is not there. A folder that is missing, an unmounted one say, is told and not made."""
+    place = urlsplit(settings.blobs_url)
+    if place.scheme == "file" and not Path(unquote(place.path)).is_dir():
+        todo = "mount it, mend NIBBLE_STORAGE_URL, or start the service, which makes it"
+        return fail("storage", f"{unquote(place.path)} is no folder", todo)
     try:
         Storage.open(settings).size("nibble-doctor")
     except BlobMissing:

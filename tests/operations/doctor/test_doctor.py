@@ -224,3 +224,13 @@ def test_a_folder_that_cannot_be_written_is_told(settings: Settings) -> None:
     settings.data_dir.mkdir(mode=0o500)
 
     assert examine_folder(settings).level == "FAIL"
+
+
+def test_a_storage_folder_that_is_not_there_is_told_and_not_made(tmp_path: Path) -> None:
+    away = tmp_path / "not mounted"
+
+    told = servers.examine_storage(Settings(data_dir=tmp_path, storage_url=f"file://{away}"))
+
+    assert told.level == "FAIL", told
+    assert str(away) in told.line()
+    assert not away.exists()
