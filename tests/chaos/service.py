@@ -144,12 +144,11 @@ class Service:
         return [kept.running.process.pid for kept in self._kept[1:]]
 
     def server(self, name: str) -> psutil.Process | None:
-        """The launcher's child whose command line has `name`: "postgres", "valkey-server", "api"."""
+        """The launcher's child whose command line has `name`: "postgres", "api"."""
         with suppress(psutil.Error):
             for child in psutil.Process(self._kept[0].running.process.pid).children():
                 words = child.cmdline()
-                program = words[0].partition(" ")[0]  # Valkey writes its socket behind its name
-                if name in (Path(program).name, words[-1]):
+                if name in (Path(words[0]).name, words[-1]):
                     return child
         return None
 
