@@ -9,6 +9,8 @@ from service.errors import Forbidden
 
 router = APIRouter(tags=["Health"])
 
+_OF_PROXIES = ("x-forwarded-for", "forwarded", "via", "x-real-ip")
+
 
 @router.get("/metrics", response_class=Response, include_in_schema=False)
 async def read_metrics(request: Request, state: StateDep) -> Response:
@@ -17,7 +19,7 @@ async def read_metrics(request: Request, state: StateDep) -> Response:
         state.settings,
         authorization=request.headers.get("authorization"),
         client=request.client.host if request.client else None,
-        is_forwarded="x-forwarded-for" in request.headers or "forwarded" in request.headers,
+        is_forwarded=any(header in request.headers for header in _OF_PROXIES),
     )
     if not allowed:
         raise Forbidden(metrics.FORBIDDEN)

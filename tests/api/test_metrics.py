@@ -88,7 +88,7 @@ def test_with_a_token_only_who_sends_it_reads(settings: Settings) -> None:
     assert _value(samples, "nibble_database_up") == 1
 
 
-@pytest.mark.parametrize("header", ["x-forwarded-for", "forwarded"])
+@pytest.mark.parametrize("header", ["x-forwarded-for", "forwarded", "via", "x-real-ip"])
 def test_without_a_token_a_proxy_on_this_machine_does_not_open_them(
     base_url: str, header: str
 ) -> None:
