@@ -51,9 +51,13 @@ def test_what_nobody_expected_keeps_its_details_to_the_log(
     assert "ValueError: secret detail" in capsys.readouterr().err
 
 
-def test_torchs_own_error_is_out_of_memory_too() -> None:
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"]
+)
+def test_torchs_own_errors_are_out_of_memory_too(words: str) -> None:
     import torch
 
-    told = explain(torch.OutOfMemoryError("CUDA out of memory"))
+    error = torch.OutOfMemoryError if words.startswith("CUDA") else RuntimeError
+    told = explain(error(words))
 
     assert told["code"] == "out_of_memory"
