@@ -99,7 +99,7 @@ def write_point(
     )
     freeing = discard_old_points(folder, step)
     seconds = time.perf_counter() - began
-    freeing.join()
+    freeing.result()
     return point, seconds
 
 

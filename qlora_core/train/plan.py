@@ -23,7 +23,17 @@ from qlora_core.nn.nf4_linear import product_dtype
 from qlora_core.quant.nf4.compiled import is_compiled
 from qlora_core.train.config import TrainConfig
 from qlora_core.train.packing import Packing, attention_names
+from qlora_core.typed_values import wrong_fields
 
+# Of a plan that was read; an OpenMP that is asked for more threads than it can start ends the process.
+_BOUNDS = {
+    "threads": (1, 4096),
+    "micro_batch_tokens": (1, 2**40),
+    "pass_tokens": (0, 2**40),
+    "alone_above": (0, 2**40),
+    "loss_chunk_tokens": (1, 2**40),
+    "notch": (0, 2**16),
+}
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -76,12 +86,19 @@ class ExecutionPlan:
         """Make one from what `as_dict` gives.
 
         Raises:
-            ConfigError: a field is missing or unknown.
+            ConfigError: a field is missing or unknown, or its value cannot be.
         """
         known = {field.name for field in fields(cls)}
         wrong = sorted(known ^ set(values))
         if wrong:
             raise ConfigError(f"the plan is of another version of the engine: {', '.join(wrong)}")
+        impossible = wrong_fields(cls, values) or [
+            name
+            for name, (least, most) in _BOUNDS.items()
+            if values[name] is not None and not least <= values[name] <= most
+        ]
+        if impossible:
+            raise ConfigError(f"its {', '.join(impossible)} cannot be")
         return cls(**values)
 
 

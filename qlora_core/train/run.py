@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class Run:
     start: str | None
     best: Weights = field(default_factory=dict)
     resume_point_at: float = field(default_factory=time.monotonic)
-    freeing: threading.Thread | None = None
+    freeing: Future[None] | None = None
     before_writing: Callable[[], None] = lambda: None
     _epoch: int | None = None
     _windows: Sequence[list[int]] = ()
@@ -110,6 +110,14 @@ class Run:
     def ends_epoch(self, progress: Progress) -> bool:
         """Whether the last step ended a pass over the data, or the run within one."""
         return progress.window == self.steps_per_epoch or self.is_over(progress)
+
+    def can_be_at(self, progress: Progress) -> bool:
+        """Whether step, epoch and the steps done of it agree, as they do in every resume point of this run."""
+        whole, rest = divmod(progress.step, self.steps_per_epoch)
+        places = [(whole, rest)]
+        if self.is_over(progress):  # what was begun of an epoch counts as one there
+            places.append((whole + (rest > 0), 0))
+        return progress.step <= self.total_steps and (progress.epoch, progress.window) in places
 
     def window(self, progress: Progress) -> list[int]:
         """Return the examples of the next step."""

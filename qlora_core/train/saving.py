@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 from qlora_core.export import save_adapter, save_tokenizer_files
@@ -72,4 +73,4 @@ def keep_resume_point(run: Run, progress: Progress) -> None:
 def settle_resume_points(run: Run) -> None:
     """Wait until the superfluous ones are gone."""
     if run.freeing is not None:
-        run.freeing.join()
+        wait([run.freeing])

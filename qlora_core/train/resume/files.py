@@ -6,12 +6,14 @@ A point is a folder ``step-N`` of safetensors files, ``state.json``, and ``manif
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
-import threading
+import stat
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors import SafetensorError
 from qlora_core.errors import ResumePointError
 from qlora_core.models.writing import file_parts
 from qlora_core.train.folders import step_folder, step_folders
+from qlora_core.train.resume.beside import begin
 from qlora_core.train.weights import Weights
 from qlora_core.whole_folder import discard, remove_leftovers, written_whole
 
@@ -28,6 +31,8 @@ _KEPT = 2
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _TORN = ".torn"
+# A manifest or state of ours is some kilobytes.
+_MOST_JSON_BYTES = 4 * 2**20
 # So much goes to the disk by one call, of at most so many parts.
 _TOGETHER_BYTES = 8 * 2**20
 _MOST_PARTS = 128
@@ -38,7 +43,8 @@ def write_point(
 ) -> Path:
     """Write a point under ``folder``; it is there, on the disk, when this returns, and nothing is if it fails.
 
-    From a GPU all of it comes to the host's memory first; hashing goes on in threads while the files are written.
+    From a GPU all of it comes to the host's memory first; hashing goes on in threads while the files are written, or
+    before it where no thread can be started.
 
     Args:
         folder: that of all points of a run.
@@ -55,16 +61,19 @@ def write_point(
     target = step_folder(folder, step)
     contents = {_file_of(name): _parts(values) for name, values in tensors.items()}
     contents[_STATE] = [_as_json(state)]
-    with written_whole(target) as unfinished, ThreadPoolExecutor(len(contents)) as hashing:
-        sums = {file: hashing.submit(_sum, parts) for file, parts in contents.items()}
-        for file, parts in contents.items():
-            _write(unfinished / file, parts)
+    with written_whole(target) as unfinished:
+        sums = {file: begin(partial(_sum, parts), name=file) for file, parts in contents.items()}
+        try:
+            for file, parts in contents.items():
+                _write(unfinished / file, parts)
+        finally:
+            wait(sums.values())  # they read what the caller may change afterwards
         manifest = {file: each.result() for file, each in sums.items()}
         _write(unfinished / _MANIFEST, [_as_json(manifest)])
     return target
 
 
-def discard_old_points(folder: Path, step: int) -> threading.Thread:
+def discard_old_points(folder: Path, step: int) -> Future[None]:
     """Leave of the points up to a step the last two, and of torn ones the newest; those of later steps stay.
 
     Returns:
@@ -73,9 +82,7 @@ def discard_old_points(folder: Path, step: int) -> threading.Thread:
     until_now = [point for number, point in step_folders(folder) if number <= step]
     for old in until_now[_KEPT:] + torn_points(folder)[1:]:
         discard(old)
-    freeing = threading.Thread(target=remove_leftovers, args=(folder,), name="resume-points")
-    freeing.start()
-    return freeing
+    return begin(partial(remove_leftovers, folder), name="resume-points")
 
 
 def points_of(folder: Path) -> list[Path]:
@@ -106,18 +113,51 @@ def read_point(point: Path, names: Iterable[str]) -> tuple[dict[str, Any], dict[
     """
     files = {name: _file_of(name) for name in names}
     try:
-        sums = json.loads((point / _MANIFEST).read_text(encoding="utf-8"))
+        sums = _json(point / _MANIFEST)
         for file in (_STATE, *files.values()):
-            if _sha256(point / file) != sums[file]:
-                raise ResumePointError(
-                    f"The resume point {point.name} is torn: {file} has changed."
-                )
-        state = dict(json.loads((point / _STATE).read_text(encoding="utf-8")))
+            _check_sum(point / file, sums.get(file))
+        state = _json(point / _STATE)
         tensors = {name: safetensors.torch.load_file(point / file) for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ResumePointError(f"The resume point {point.name} is torn: {reason}.") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise torn(point, error) from error
     return state, tensors
+
+
+def _check_sum(path: Path, expected: object) -> None:
+    if _sha256(path) != expected:
+        raise ValueError(f"{path.name} has changed")
+
+
+def torn(point: Path, error: Exception) -> ResumePointError:
+    """Make the error of a point that is not what was written, from what was found in it."""
+    reason = str(error)
+    if isinstance(error, OSError):
+        reason = f"{Path(error.filename or point).name}: {error.strerror or error}"
+    return ResumePointError(f"The resume point {point.name} is torn: {reason}.")
+
+
+def _opened(path: Path) -> io.FileIO:
+    """Open what has to be a plain file; of a pipe one would wait for a writer."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = io.FileIO(os.open(path, flags))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise ValueError(f"{path.name} is no plain file")
+    return file
+
+
+def _json(path: Path) -> dict[str, Any]:
+    with _opened(path) as file:
+        if os.fstat(file.fileno()).st_size > _MOST_JSON_BYTES:
+            raise ValueError(f"{path.name} is larger than any of ours")
+        text = file.read()
+    try:
+        values: object = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON that can be read") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} is not a table")  # noqa: TRY004 - the file's, not the caller's
+    return values
 
 
 def _parts(tensors: Weights) -> list[memoryview]:
@@ -174,5 +214,5 @@ def _as_json(value: Mapping[str, Any]) -> memoryview:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with io.BufferedReader(_opened(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

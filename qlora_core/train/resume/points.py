@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from qlora_core.errors import ResumePointError
 from qlora_core.quoting import quoted, shown
 from qlora_core.train.progress import Progress
-from qlora_core.train.resume.files import points_of, read_point, write_point
+from qlora_core.train.resume.checking import check_place, check_tensors, checked_state
+from qlora_core.train.resume.files import points_of, read_point, torn, write_point
 from qlora_core.train.resume.random_states import random_states, restore_random_states
 from qlora_core.train.resume.versions import library_versions
 from qlora_core.train.weights import Weights, fits, put_back, trained_weights
@@ -98,6 +99,7 @@ def load_resume_point(
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
     on_refused: Callable[[Path, str], None],
+    can_be: Callable[[Progress], bool] = lambda _: True,
 ) -> Resumed | None:
     """Bring model, optimizer and random states to the newest whole point.
 
@@ -106,7 +108,8 @@ def load_resume_point(
         model: with its adapters; moved to the point.
         optimizer: over the model's trainable parameters; moved to the point.
         identity: of the run that wants to go on.
-        on_refused: told which point is not whole, and why.
+        on_refused: told which point is not whole, or says what cannot be, and why.
+        can_be: whether the run can ever have been where a point says.
 
     Returns:
         Where the run was, or None where there is no whole point: nothing was changed.
@@ -117,14 +120,20 @@ def load_resume_point(
     for point in points_of(folder):
         try:
             state, tensors = read_point(point, _FILES)
-            progress, found = _progress(point, state), state["identity"]
+            progress = _checked(point, state)
         except ResumePointError as error:
             on_refused(point, error.message)
             continue
-        _check_identity(point, found, identity)
+        _check_identity(point, state["identity"], identity)
         adapter, best, moments = (tensors[name] for name in (_ADAPTER, _BEST, _OPTIMIZER))
         if not fits(model, adapter) or (best and not fits(model, best)):
             raise ResumePointError(f"The resume point {point.name} is of another adapter or model.")
+        try:
+            check_place(progress, can_be)
+            check_tensors(model, moments, tensors[_RANDOM], adapter, best)
+        except ValueError as error:
+            on_refused(point, torn(point, error).message)
+            continue
         _restore_optimizer(point, optimizer, moments)
         put_back(model, adapter)
         reasons = [
@@ -135,13 +144,11 @@ def load_resume_point(
     return None
 
 
-def _progress(point: Path, state: dict[str, Any]) -> Progress:
+def _checked(point: Path, state: dict[str, Any]) -> Progress:
     try:
-        return Progress(**state["progress"])
-    except TypeError as error:
-        raise ResumePointError(
-            f"The resume point {point.name} is of another version of the engine: {error}."
-        ) from error
+        return checked_state(point, state)
+    except ValueError as error:
+        raise torn(point, error) from error
 
 
 def _check_identity(point: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,21 @@ def random_states() -> dict[str, Tensor]:
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             states[f"cuda:{index}"] = state
     return states
+
+
+def check_random_states(states: dict[str, Tensor]) -> None:
+    """Refuse what `random_states` cannot have given.
+
+    Raises:
+        ValueError: the CPU's is missing or no such state, or one is of no device; the message ends a sentence.
+    """
+    unknown = [name for name in states if not re.fullmatch(r"cpu|cuda:[0-9]{1,4}", name)]
+    if unknown or "cpu" not in states:
+        raise ValueError("its random states are not one of the CPU and one of each GPU")
+    try:
+        torch.Generator().set_state(states["cpu"])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError("the random state of the CPU is none") from error
 
 
 def restore_random_states(states: dict[str, Tensor]) -> list[str]:

@@ -41,6 +41,7 @@ def resume(run: Run, resume_from: Path | None) -> Progress:
         optimizer=run.optimizer,
         identity=run.identity,
         on_refused=on_refused,
+        can_be=run.can_be_at,
     )
     for point in refused:
         if point.parent.resolve() == own:

@@ -164,7 +164,7 @@ def save_point(
         folder, model=model, optimizer=FlatAdamW(parameters, bits=bits, learning_rate=1e-3),
         progress=Progress(step=step), best={}, identity={},
     )  # fmt: skip
-    discard_old_points(folder, step).join()
+    discard_old_points(folder, step).result()
     return point
 
 

@@ -36,7 +36,7 @@ class TinyRun:
             folder, model=self.model, optimizer=self.optimizer, progress=Progress(step=step),
             best={}, identity=IDENTITY, plan={"threads": step},
         )  # fmt: skip
-        discard_old_points(folder, step).join()
+        discard_old_points(folder, step).result()
         return point
 
     def tensors(self) -> list[Tensor]:
