@@ -17,8 +17,8 @@ from rich.text import Text
 from qlora_core.commands.devices import Device
 from qlora_core.commands.endings import guarded
 from qlora_core.commands.progress import byte_bar
-from qlora_core.commands.units import duration, read_size, size
 from qlora_core.errors import ConfigError
+from qlora_core.units import duration, read_size, size
 
 if TYPE_CHECKING:
     from qlora_core.commands.run_file import RunFile

@@ -24,7 +24,7 @@ from qlora_core.commands.quantization import (
     SkipModule,
     load_base,
 )
-from qlora_core.commands.units import size
+from qlora_core.units import size
 
 if TYPE_CHECKING:
     from qlora_core.export import MergeResult

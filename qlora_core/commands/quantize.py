@@ -17,7 +17,7 @@ from qlora_core.commands.devices import Device, choose_device
 from qlora_core.commands.endings import guarded
 from qlora_core.commands.progress import byte_bar
 from qlora_core.commands.quantization import Scale, skipped_modules
-from qlora_core.commands.units import size
+from qlora_core.units import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from qlora_core.commands.history import peak_memory
-from qlora_core.commands.units import duration, size
 from qlora_core.train.events import (
     DatasetProgress,
     Event,
@@ -22,6 +21,7 @@ from qlora_core.train.events import (
     StepMetrics,
     ValidationMetrics,
 )
+from qlora_core.units import duration, size
 
 _LINE_EVERY_S = 10.0
 # What stands before a notice of a level, and its colour.

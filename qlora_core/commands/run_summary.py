@@ -13,7 +13,7 @@ from rich.text import Text
 from qlora_core.commands.history import History, read_history
 from qlora_core.commands.lasting_console import LastingConsole
 from qlora_core.commands.printable import printable
-from qlora_core.commands.units import duration, size
+from qlora_core.units import duration, size
 
 if TYPE_CHECKING:
     from qlora_core.commands.run_folder import RunFolder

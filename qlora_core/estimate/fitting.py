@@ -14,6 +14,7 @@ from qlora_core.estimate.estimating import estimate
 from qlora_core.estimate.reading import ModelConfig, read_model_config
 from qlora_core.estimate.result import Estimate
 from qlora_core.estimate.settings import HasDict, read_settings
+from qlora_core.units import size
 
 # What is shorter is hardly worth training on.
 _LEAST_CONTEXT = 128
@@ -40,11 +41,11 @@ class Fitting:
     def sentence(self) -> str:
         """The same in words; calculated, not measured."""
         memory = self.estimate.memory
-        total, room = _size(memory.total_bytes), _size(self.room_bytes)
+        total, room = size(memory.total_bytes), size(self.room_bytes)
         if not self.fits:
             return (
                 f"By the estimate nothing fits into {room}: even with {_list(self.settings)} it takes {total}, "
-                f"{_size(memory.base_bytes)} of it for the base model."
+                f"{size(memory.base_bytes)} of it for the base model."
             )
         if not self.settings:
             return f"By the estimate it fits into {room} as it is, with {total}."
@@ -97,10 +98,10 @@ def largest_fitting(
     }
     smallest: _Values = frugal
     for low, high, make in _sizes(given, options.get("longest_tokens")):
-        size = _bisect(low, high, lambda one, make=make: fits({**frugal, **make(one)}))
+        largest = _bisect(low, high, lambda one, make=make: fits({**frugal, **make(one)}))
         smallest = {**frugal, **make(low)}
-        if size is not None:
-            changes = _needed({**frugal, **make(size)}, list(frugal), fits)
+        if largest is not None:
+            changes = _needed({**frugal, **make(largest)}, list(frugal), fits)
             changes = _without_idle_tokens(changes, estimated(changes), given)
             return Fitting(True, _differing(given, changes), estimated(changes), room_bytes)
     return Fitting(False, _differing(given, smallest), estimated(smallest), room_bytes)
@@ -113,14 +114,14 @@ def _sizes(
     settings = read_settings(given)
     tokens, context, rank = settings.micro_batch_tokens, settings.context_length, settings.lora.r
     longest = context if longest is None else min(longest, context)
-    yield min(longest, tokens), tokens, lambda size: {"micro_batch_tokens": size}
+    yield min(longest, tokens), tokens, lambda most: {"micro_batch_tokens": most}
     least = min(_LEAST_CONTEXT, longest)
 
-    def shorter(size: int) -> _Values:
-        return {"context_length": size, "micro_batch_tokens": min(tokens, size)}
+    def shorter(length: int) -> _Values:
+        return {"context_length": length, "micro_batch_tokens": min(tokens, length)}
 
     yield least, longest, shorter
-    yield 1, rank, lambda size: {**shorter(least), "lora.r": size}
+    yield 1, rank, lambda r: {**shorter(least), "lora.r": r}
 
 
 def _bisect(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
@@ -149,10 +150,10 @@ def _needed(changes: _Values, names: list[str], fits: Callable[[_Values], bool])
 
 def _without_idle_tokens(changes: _Values, found: Estimate, given: _Values) -> _Values:
     """Lower a smaller micro-batch to the tokens that its largest pass has, where no further example has room in it."""
-    size = changes["micro_batch_tokens"]
-    if size == read_settings(given).micro_batch_tokens:
+    most = changes["micro_batch_tokens"]
+    if most == read_settings(given).micro_batch_tokens:
         return changes
-    return {**changes, "micro_batch_tokens": min(size, found.largest_pass_tokens)}
+    return {**changes, "micro_batch_tokens": min(most, found.largest_pass_tokens)}
 
 
 def _as_values(config: Mapping[str, Any] | HasDict | None) -> _Values:
@@ -188,8 +189,3 @@ def _toml(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)
-
-
-def _size(nbytes: int) -> str:
-    unit, name = (2**30, "GiB") if nbytes >= 2**30 else (2**20, "MiB")
-    return f"{nbytes / unit:,.1f} {name}"

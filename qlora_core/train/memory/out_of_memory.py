@@ -10,6 +10,7 @@ from qlora_core.estimate import estimate
 from qlora_core.estimate.fitting import largest_fitting
 from qlora_core.train.memory.free_memory import free_bytes
 from qlora_core.train.run import Run
+from qlora_core.units import size
 
 _KINDS = {
     "base_bytes": "base model",
@@ -64,20 +65,24 @@ def _estimated(run: Run) -> list[str]:
 
 def _of_estimate(run: Run) -> list[str]:
     lengths = run.dataset.lengths
+    # A pass of one example is split no further: only one of fewer tokens takes less.
+    alone = _tokens_of_one_example(run)
+    micro = run.plan.micro_batch_tokens
+    most = max(lengths) if alone is None else min(alone, max(lengths))
     config = run.model.config.get_text_config().to_dict()
     options: dict[str, Any] = {
         "device": "cuda" if run.model.device.type == "cuda" else "cpu",
         "compute_dtype": str(run.model.dtype).removeprefix("torch."),
-        "longest_tokens": max(lengths),
-        "mean_tokens": sum(lengths) / len(lengths),
+        "longest_tokens": most,
+        "mean_tokens": sum(min(one, most) for one in lengths) / len(lengths),
         "inputs_on_host": run.plan.inputs_on_host,
     }
     tried = run.config.as_dict() | {
-        "micro_batch_tokens": run.plan.micro_batch_tokens,
+        "micro_batch_tokens": micro if alone is None else min(alone, micro),
         "gradient_checkpointing": run.plan.recompute,
     }
     memory = estimate(config, tried, **options).memory
-    kinds = ", ".join(f"{words} {_size(getattr(memory, name))}" for name, words in _KINDS.items())
+    kinds = ", ".join(f"{words} {size(getattr(memory, name))}" for name, words in _KINDS.items())
     # That this form did not fit is known, whatever room there seems to be.
     room = int(_LESS * memory.total_bytes)
     free = free_bytes(run.model.device)
@@ -85,11 +90,14 @@ def _of_estimate(run: Run) -> list[str]:
         room = min(room, free + sum(run.memory.measure()[name] for name in _HELD))
     fitting = largest_fitting(config, tried, room_bytes=room, **options)
     return [
-        f"By the estimate this takes {_size(memory.total_bytes)}: {kinds}.",
+        f"By the estimate this takes {size(memory.total_bytes)}: {kinds}.",
         fitting.sentence,
     ]
 
 
-def _size(nbytes: int) -> str:
-    unit, name = (2**30, "GiB") if nbytes >= 2**30 else (2**20, "MiB")
-    return f"{nbytes / unit:,.1f} {name}"
+def _tokens_of_one_example(run: Run) -> int | None:
+    """Return how many tokens the pass had that did not fit, if it was of one example."""
+    if run.loss_of.last_pass is None:
+        return None
+    examples, tokens = run.loss_of.last_pass
+    return tokens if len(examples) == 1 else None

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 from qlora_core import LoraConfig, TextEncoder, TrainConfig, load_dataset
 from qlora_core import estimate as estimate_run
 from qlora_core.commands import app
-from qlora_core.commands.units import size
 from qlora_core.estimate import largest_fitting
+from qlora_core.units import size
 from tests.qlora_core.commands.conftest import WriteRun
 
 

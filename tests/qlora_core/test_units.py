@@ -2,8 +2,8 @@
 
 import pytest
 
-from qlora_core.commands.units import duration, read_size, size
 from qlora_core.errors import ConfigError
+from qlora_core.units import duration, read_size, size
 
 
 @pytest.mark.parametrize(
