@@ -26,7 +26,13 @@ _SECRET_NAME = re.compile(
 )
 _SECRETS = (
     (re.compile(r"(?<=://)[^\s/@]+@"), "<secret>@"),  # a URL's user and password
-    (re.compile(r"\b(?:hf_|sk-|ghp_|AKIA)[A-Za-z0-9_-]{8,}"), "<secret>"),
+    (
+        re.compile(r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|AKIA)[A-Za-z0-9_-]{8,}"),
+        "<secret>",
+    ),
+    (re.compile(r"\beyJ[\w-]+\.eyJ[\w-]+\.[\w-]*"), "<secret>"),  # a JSON web token
+    # of an address that an object store signed: whoever has it may read until it expires
+    (re.compile(r"(?i)([?&](?:[\w-]*signature|[\w-]*token|sig)=)[^\s&'\"]+"), r"\1<secret>"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 <secret>"),
 )
 _OTHER_FOLDER = re.compile(r"(?:file://|(?<![\w/>.]))/(?!/)(?:[\w.+@%~-]+/)+")

@@ -140,3 +140,23 @@ def test_no_log_and_no_spec_are_no_trouble(tmp_path: Path, settings: Settings) -
     folder.log.write_text("Killed\n")
 
     assert public_log_tail(folder, settings) == "Killed"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "GET https://cdn.example.org/m?X-Amz-Signature=0a1b2c3d4e5f&part=7",
+            "GET https://cdn.example.org/m?X-Amz-Signature=<secret>&part=7",
+        ),
+        ("GET /m?Expires=17&Signature=a-b~c_", "GET /m?Expires=17&Signature=<secret>"),
+        ("sent gho_abcdefgh12345678", "sent <secret>"),
+        ("sent github_pat_11ABCDEFG_xyz", "sent <secret>"),
+        ("sent glpat-abcdefgh1234567", "sent <secret>"),
+        ("sent eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.c2ln-x", "sent <secret>"),
+    ],
+)
+def test_signatures_of_addresses_and_tokens_of_known_forms_are_not_shown(
+    folder: AttemptFolder, settings: Settings, said: str, told: str
+) -> None:
+    assert tail_of(folder, settings, said) == told
