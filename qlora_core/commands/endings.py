@@ -46,7 +46,7 @@ def guarded(command: Callable[P, R]) -> Callable[P, R]:
             if not is_out_of_memory(error):
                 raise
             _end(
-                "there is too little memory for that on the device; use a smaller model, or the CPU"
+                "there is too little memory for that; use a smaller model, or a device with more of it"
             )
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
