@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from qlora_core.errors import ResumePointError
+from qlora_core.quoting import quoted
 from qlora_core.train.progress import Progress
 from qlora_core.train.resume.random_states import check_random_states
 from qlora_core.train.weights import Weights, trained_weights
@@ -21,7 +24,8 @@ def checked_state(point: Path, state: Mapping[str, Any]) -> Progress:
     """Give the progress in a point's state, all of whose parts are of their kinds.
 
     Raises:
-        ValueError: one is not, or cannot be; the message ends a sentence.
+        ResumePointError: it is of another version of the engine; a point before it would be, too.
+        ValueError: a part is not of its kind, or cannot be; the message ends a sentence.
     """
     _table(state, "identity")
     versions = _table(state, "versions")
@@ -40,6 +44,12 @@ def _table(state: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _checked_progress(point: Path, values: dict[str, Any]) -> Progress:
+    unlike = sorted(values.keys() ^ {field.name for field in fields(Progress)})
+    if unlike:
+        names = quoted(", ".join(unlike))
+        raise ResumePointError(
+            f"The resume point {point.name} is of another version of the engine: {names}."
+        )
     wrong = wrong_fields(Progress, values)
     wrong += [name for name, value in values.items() if type(value) is int and value < 0]
     if wrong:

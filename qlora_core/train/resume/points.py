@@ -115,14 +115,18 @@ def load_resume_point(
         Where the run was, or None where there is no whole point: nothing was changed.
 
     Raises:
-        ResumePointError: a point is whole but belongs to another run; nothing was changed.
+        ResumePointError: a point is whole but belongs to another run or version of the engine; nothing was changed.
     """
     for point in points_of(folder):
         try:
             state, tensors = read_point(point, _FILES)
-            progress = _checked(point, state)
         except ResumePointError as error:
             on_refused(point, error.message)
+            continue
+        try:
+            progress = checked_state(point, state)
+        except ValueError as error:
+            on_refused(point, torn(point, error).message)
             continue
         _check_identity(point, state["identity"], identity)
         adapter, best, moments = (tensors[name] for name in (_ADAPTER, _BEST, _OPTIMIZER))
@@ -142,13 +146,6 @@ def load_resume_point(
         ]
         return Resumed(point, progress, best, state.get("plan"), reasons)
     return None
-
-
-def _checked(point: Path, state: dict[str, Any]) -> Progress:
-    try:
-        return checked_state(point, state)
-    except ValueError as error:
-        raise torn(point, error) from error
 
 
 def _check_identity(point: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

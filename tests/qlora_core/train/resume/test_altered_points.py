@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qlora_core.errors import ResumePointError
 from qlora_core.train import Event, Notice, ResumeNotExact, RunStarted, TrainResult
 from tests.qlora_core.train.resume.changed_points import change_state, state_of
 from tests.qlora_core.train.resume.tiny_points import TinyRun, taken
@@ -135,3 +136,18 @@ def test_a_plan_that_cannot_be_is_not_followed_and_that_is_told(
     assert events[0].reasons == [
         f"The plan of its steps cannot be followed: its {next(iter(changes))} cannot be."
     ]
+
+
+@pytest.mark.parametrize("change", ["one more", "one less"])
+def test_a_point_of_another_version_of_the_engine_ends_the_run_and_stays(
+    change: str, tmp_path: Path
+) -> None:
+    point = TinyRun().write(tmp_path, 2)
+    progress = state_of(point)["progress"]
+    if change == "one more":
+        change_state(point, progress=progress | {"foo": 1})
+    else:
+        change_state(point, progress={k: v for k, v in progress.items() if k != "window"})
+
+    with pytest.raises(ResumePointError, match=r"another version of the engine: (foo|window)\."):
+        taken(tmp_path)
