@@ -96,6 +96,7 @@ def test_where_nothing_runs_it_says_what_to_start(tmp_path: Path) -> None:
 
 def test_servers_that_do_not_answer_are_one_line_each(settings: Settings) -> None:
     settings.data_dir.mkdir(mode=0o700)
+    (settings.data_dir / "blobs").mkdir()
     away = {
         "database_url": SecretStr("postgresql+psycopg://127.0.0.1:1/none"),
         "redis_url": SecretStr("redis://127.0.0.1:1"),
