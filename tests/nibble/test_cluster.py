@@ -34,6 +34,11 @@ def test_the_queue_shows_what_runs_and_the_place_of_what_waits(
 
 
 def test_the_workers_are_shown_with_their_devices(nibble: Run, client: openai.OpenAI) -> None:
+    deadline = time.monotonic() + 90
+    while not json.loads(nibble("workers", "--json").stdout)["data"]:
+        assert time.monotonic() < deadline, "no worker has come"
+        time.sleep(0.1)
+
     shown = nibble("workers")
     (worker,) = json.loads(nibble("workers", "--json").stdout)["data"]
 
