@@ -5,18 +5,16 @@ row, in one transaction: a process that is killed in between leaves a row which 
 that nobody knows of.
 """
 
-import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import clock
 from service.adapters import repository
 from service.db import transaction
-from service.errors import ServiceError
 from service.logging import get_logger
+from service.passes import repeat
 from service.removal.repository import may_remove
 from service.storage import Storage
 
@@ -32,26 +30,11 @@ def start(
     sessions: sessionmaker[Session], storage: Storage, *, keep_checkpoints: int | None
 ) -> Callable[[], None]:
     """Look every ten minutes in a thread of its own; the function returned stops it and waits for it."""
-    stopping = threading.Event()
-
-    def loop() -> None:
-        while not stopping.wait(EVERY_S):
-            try:
-                run_once(sessions, storage, keep_checkpoints=keep_checkpoints)
-            except (SQLAlchemyError, ServiceError) as error:
-                # The database or the storage is away: the next pass finds the same work.
-                log.warning("retention_failed", reason=str(error))
-            except Exception:  # (a thread's edge: the next pass may fare better)
-                log.exception("retention_failed")
-
-    thread = threading.Thread(target=loop, name="retention", daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        stopping.set()
-        thread.join(timeout=10)
-
-    return stop
+    return repeat(
+        lambda: run_once(sessions, storage, keep_checkpoints=keep_checkpoints),
+        name="retention",
+        every_s=EVERY_S,
+    )
 
 
 def run_once(

@@ -4,18 +4,16 @@ Not in the request that deletes: a job that is being created may have just looke
 processes may do this at once; each skips the rows another one has locked.
 """
 
-import threading
 from collections.abc import Callable
 from datetime import timedelta
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service import clock
 from service.db import transaction
-from service.errors import ServiceError
 from service.files import repository
 from service.logging import get_logger
+from service.passes import repeat
 from service.removal.repository import may_remove
 from service.storage import Storage
 
@@ -31,26 +29,7 @@ _LEFT_S = 600.0
 
 def start(sessions: sessionmaker[Session], storage: Storage) -> Callable[[], None]:
     """Purge every half minute in a thread of its own; the function returned stops it and waits for it."""
-    stopping = threading.Event()
-
-    def loop() -> None:
-        while not stopping.wait(EVERY_S):
-            try:
-                run_once(sessions, storage)
-            except (SQLAlchemyError, ServiceError) as error:
-                # The database or the storage is away: the next pass finds the same work.
-                log.warning("purge_failed", reason=str(error))
-            except Exception:  # (a thread's edge: the next pass may fare better)
-                log.exception("purge_failed")
-
-    thread = threading.Thread(target=loop, name="purge", daemon=True)
-    thread.start()
-
-    def stop() -> None:
-        stopping.set()
-        thread.join(timeout=10)
-
-    return stop
+    return repeat(lambda: run_once(sessions, storage), name="purge", every_s=EVERY_S)
 
 
 def run_once(sessions: sessionmaker[Session], storage: Storage, *, grace: timedelta = GRACE) -> int:

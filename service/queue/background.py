@@ -4,22 +4,18 @@ Not in Celery's beat, since recovery must not depend on the broker. Any number o
 pass takes a lock in the database first, and skips its turn when another has it.
 """
 
-import logging
-import threading
 from collections.abc import Callable
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
 from service.db import transaction
+from service.passes import repeat
 from service.queue import repository
 from service.queue.broker import KINDS, Kind
 from service.queue.kick import Doorbell
 from service.queue.reap import reap
 from service.queue.unfit import tell_unfit
 from service.settings import Settings
-
-_log = logging.getLogger(__name__)
 
 
 def start(settings: Settings, sessions: sessionmaker[Session]) -> Callable[[], None]:
@@ -28,25 +24,15 @@ def start(settings: Settings, sessions: sessionmaker[Session]) -> Callable[[], N
     Raises:
         RedisUrlMissing: no broker is configured.
     """
-    stopping = threading.Event()
     doorbell = Doorbell(settings)
-
-    def loop() -> None:
-        while not stopping.wait(settings.reap_s):
-            try:
-                run_once(settings, sessions, doorbell)
-            except SQLAlchemyError as error:
-                # The database is away: every pass starts afresh, so the next one makes up for this.
-                _log.warning("background_pass_failed", extra={"reason": str(error)})
-            except Exception:  # noqa: BLE001  (a thread's edge: recovery must go on)
-                _log.exception("background_pass_failed")
-
-    thread = threading.Thread(target=loop, name="background", daemon=True)
-    thread.start()
+    stop_passes = repeat(
+        lambda: run_once(settings, sessions, doorbell),
+        name="background_pass",
+        every_s=settings.reap_s,
+    )
 
     def stop() -> None:
-        stopping.set()
-        thread.join(timeout=10)
+        stop_passes()
         doorbell.close()
 
     return stop
