@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service.db import transaction
 from service.passes import repeat
-from service.queue import repository
+from service.queue import line_repository, repository
 from service.queue.broker import KINDS, Kind
 from service.queue.kick import Doorbell
 from service.queue.reap import reap
@@ -49,7 +49,7 @@ def run_once(
     with transaction(sessions) as session:
         tell_unfit(session, lease_s=settings.lease_s)
     with transaction(sessions) as session:
-        waiting: set[Kind] = {kind for kind in KINDS if repository.is_waiting(session, kind)}
+        waiting: set[Kind] = {kind for kind in KINDS if line_repository.is_waiting(session, kind)}
     for kind in waiting:
         doorbell.kick(kind)
     return waiting

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from service.events.actions import NewEvent, append
 from service.jobs.state import move
-from service.queue import repository
+from service.queue import line_repository, repository
 from service.queue.broker import Kind
 from service.queue.fence import Fence
 from service.tables import Job
@@ -46,8 +46,8 @@ def claim(
         lease_s: how long the lease is.
         room_bytes: what its device has for a job (`service.queue.fit.room`); None: that is not known, so anything fits.
     """
-    repository.serialise_claims(session)
-    turn = repository.next_waiting(session, kind, room_bytes)
+    line_repository.serialise_claims(session)
+    turn = line_repository.next_waiting(session, kind, room_bytes)
     if turn is None:
         return None
     lease = repository.new_lease(worker_id, lease_s)

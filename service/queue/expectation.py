@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from service import clock
-from service.queue import repository
+from service.queue import line_repository, workers_repository
 from service.queue.fit import fits, room, why_unfit
 from service.tables import Job, Worker
 
@@ -52,7 +52,7 @@ def places(session: Session, jobs: Sequence[Job], *, lease_s: float) -> dict[str
     if not queued:
         return {}
     slots = training_slots(session, lease_s=lease_s)
-    line = repository.line(session, first=len(slots) + _UNFIT_AHEAD, job_ids=queued)
+    line = line_repository.line(session, first=len(slots) + _UNFIT_AHEAD, job_ids=queued)
     # The line's head is whole; behind it, others that are not here may take a slot first.
     head = [one for n, one in enumerate(line, 1) if one.position == n]
     needs = [one.memory_needed_bytes for one in head]
@@ -102,13 +102,15 @@ def training_slots(session: Session, *, lease_s: float) -> list[TrainingSlot]:
     """Return the slots for training of all workers that have been heard of within a lease."""
     runs: dict[str, list[datetime | None]] = {}
     now = clock.now()
-    for held in repository.held_jobs(session, _MOST_HELD):
+    for held in workers_repository.held_jobs(session, _MOST_HELD):
         if held.is_training:
             # A run that is late by its own reckoning says nothing about when it will be done.
             late = held.estimated_finish is not None and held.estimated_finish <= now
             runs.setdefault(held.worker_id, []).append(None if late else held.estimated_finish)
     slots: list[TrainingSlot] = []
-    for worker, is_heard in repository.workers(session, within_s=lease_s, limit=_MOST_WORKERS):
+    for worker, is_heard in workers_repository.workers(
+        session, within_s=lease_s, limit=_MOST_WORKERS
+    ):
         if is_heard:
             slots += _slots_of(worker, runs.get(worker.id, []), now)
     return slots

@@ -2,7 +2,7 @@
 
 from sqlalchemy.orm import Session
 
-from service.queue import repository
+from service.queue import repository, workers_repository
 from service.queue.broker import Kind
 from service.queue.fence import Fence, Fenced
 from service.queue.finish import take_back
@@ -46,5 +46,5 @@ def release_leases_of(session: Session, worker_id: str, *, max_attempts: int) ->
         )
         if kind is not None:
             kinds.add(kind)
-    repository.stop_worker(session, worker_id)
+    workers_repository.stop_worker(session, worker_id)
     return kinds

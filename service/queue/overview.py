@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy.orm import Session
 
-from service.queue import repository
+from service.queue import line_repository, workers_repository
 from service.queue.expectation import Place, places
 from service.tables import Job, Worker
 
@@ -39,8 +39,8 @@ class WorkerView:
 def look_at_queue(session: Session, project_id: str, *, limit: int, lease_s: float) -> QueueView:
     """Return the project's first `limit` live jobs (1,000 at most) with their places, and counts of all."""
     limit = min(limit, MAX_JOBS)
-    counts = repository.count_by_status(session, project_id)
-    found = repository.live_jobs(session, project_id, limit + 1)
+    counts = line_repository.count_by_status(session, project_id)
+    found = line_repository.live_jobs(session, project_id, limit + 1)
     jobs = found[:limit]
     return QueueView(
         jobs=jobs,
@@ -53,9 +53,9 @@ def look_at_queue(session: Session, project_id: str, *, limit: int, lease_s: flo
 
 def look_at_workers(session: Session, project_id: str, *, lease_s: float) -> list[WorkerView]:
     """Return the workers that are there, or were within a day and have not said goodbye, oldest first."""
-    found = repository.workers(session, within_s=lease_s, limit=_MOST_WORKERS)
+    found = workers_repository.workers(session, within_s=lease_s, limit=_MOST_WORKERS)
     views = {row.id: WorkerView(row, is_lost=not is_heard) for row, is_heard in found}
-    for held in repository.held_jobs(session, _MOST_HELD):
+    for held in workers_repository.held_jobs(session, _MOST_HELD):
         view = views.get(held.worker_id)
         if view is None:
             continue

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from service.queue import repository
+from service.queue import workers_repository
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ class WorkerSlots:
 def sign_in(session: Session, *, worker_id: str, host: str, pid: int, slots: WorkerSlots) -> None:
     """Say that the worker is there; said again, it is the heartbeat."""
     row = {"id": worker_id, "host": host, "pid": pid, "slots": asdict(slots)}
-    repository.save_worker(session, row)
+    workers_repository.save_worker(session, row)
 
 
 def sign_out(session: Session, worker_id: str) -> None:
     """Say that the worker has ended in good order."""
-    repository.stop_worker(session, worker_id)
+    workers_repository.stop_worker(session, worker_id)
 
 
 def is_alive(session: Session, host: str, *, within_s: float) -> bool:
     """Say whether a worker of this host has signed in within the last `within_s` seconds."""
-    return repository.worker_was_seen(session, host, within_s)
+    return workers_repository.worker_was_seen(session, host, within_s)

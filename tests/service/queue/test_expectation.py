@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from service import clock
 from service.db import transaction
-from service.queue import repository
+from service.queue import line_repository
 from service.queue.claim import Claim
 from service.queue.expectation import Place, TrainingSlot, expected_starts, places
 from service.queue.workers import WorkerSlots, sign_in
@@ -148,7 +148,7 @@ def test_the_line_is_read_in_part_and_says_the_same(
     jobs = [make_job() for _ in range(6)]
 
     with transaction(sessions) as session:
-        line = repository.line(session, first=2, job_ids=[jobs[4]])
+        line = line_repository.line(session, first=2, job_ids=[jobs[4]])
 
     assert [(one.job_id, one.position) for one in line] == [
         (jobs[0], 1),
