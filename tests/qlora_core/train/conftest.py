@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from qlora_core import Dataset, TextEncoder, TrainConfig, load_dataset, load_model, train
 from qlora_core.nn import LoraConfig
 from qlora_core.train import Event, StepMetrics, TrainResult
+from qlora_core.train.events import Sink
+from qlora_core.train.run import Run, prepare
 from tests.tiny_models import save_tiny_llama
 
 ANSWERS = [
@@ -126,3 +128,28 @@ def run(
         return result, events
 
     return go
+
+
+@pytest.fixture
+def make_run(
+    load: Callable[[], PreTrainedModel],
+    encoder: TextEncoder,
+    config: Callable[..., TrainConfig],
+    make_dataset: Callable[..., Dataset],
+    tmp_path: Path,
+) -> Callable[..., Run]:
+    """Make a run of ``count`` examples ready, on a model of its own unless one is given."""
+
+    def make(
+        count: int,
+        *,
+        model: PreTrainedModel | None = None,
+        sink: Sink = lambda _: None,
+        **settings: Any,
+    ) -> Run:
+        return prepare(
+            model or load(), encoder, make_dataset(count), config(**settings), sink, output_dir=tmp_path,
+            validation=None, sample_prompts=(), base_model=None, adapter=None,
+        )  # fmt: skip
+
+    return make

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from qlora_core import Dataset, TextEncoder, TrainConfig, train
 from qlora_core.errors import ConfigError
 from qlora_core.train import Event, StepMetrics
 from qlora_core.train.plan import ExecutionPlan, followed
-from qlora_core.train.run import Run, prepare
+from qlora_core.train.run import Run
 from qlora_core.train.surroundings import callers_kept
 
 
@@ -27,20 +28,8 @@ def surroundings() -> Iterator[None]:
 
 
 @pytest.fixture
-def prepared(
-    load: Callable[[], PreTrainedModel],
-    encoder: TextEncoder,
-    config: Callable[..., TrainConfig],
-    make_dataset: Callable[..., Dataset],
-    tmp_path: Path,
-) -> Callable[..., Run]:
-    def make(**settings: Any) -> Run:
-        return prepare(
-            load(), encoder, make_dataset(9), config(**settings), lambda _: None, output_dir=tmp_path,
-            validation=None, sample_prompts=(), base_model=None, adapter=None,
-        )  # fmt: skip
-
-    return make
+def prepared(make_run: Callable[..., Run]) -> Callable[..., Run]:
+    return partial(make_run, 9)
 
 
 def test_it_says_what_the_run_does(prepared: Callable[..., Run]) -> None:

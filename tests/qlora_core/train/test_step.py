@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from qlora_core import Dataset, TextEncoder, TrainConfig, load_model
 from qlora_core.nn import LoraConfig, lora_modules
@@ -25,21 +24,12 @@ Prepare = Callable[..., tuple[Run, list[Event]]]
 
 
 @pytest.fixture
-def prepared(
-    load: Callable[[], PreTrainedModel],
-    encoder: TextEncoder,
-    config: Callable[..., TrainConfig],
-    make_dataset: Callable[..., Dataset],
-    tmp_path: Path,
-) -> Prepare:
+def prepared(make_run: Callable[..., Run]) -> Prepare:
     """A run over seven examples in batches of four, with an adapter that is not zero."""
 
     def make(**settings: Any) -> tuple[Run, list[Event]]:
         events: list[Event] = []
-        run = prepare(
-            load(), encoder, make_dataset(7), config(**settings), events.append,
-            output_dir=tmp_path, validation=None, sample_prompts=(), base_model=None, adapter=None,
-        )  # fmt: skip
+        run = make_run(7, sink=events.append, **settings)
         torch.manual_seed(1)
         for adapter in lora_modules(run.model).values():
             torch.nn.init.normal_(adapter.lora_B, std=0.2)

@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel
 
-from qlora_core import Dataset, TextEncoder, TrainConfig, load_model
+from qlora_core import load_model
 from qlora_core.train.memory.host_memory import saved_on_host
-from qlora_core.train.run import Run, prepare
+from qlora_core.train.run import Run
 from qlora_core.train.step import accumulate
 
 WIDTH, LAYERS = 64, 2  # of `save_tiny_llama`
@@ -43,19 +42,10 @@ Prepare = Callable[..., Run]
 
 
 @pytest.fixture
-def prepared(
-    base: Path,
-    encoder: TextEncoder,
-    config: Callable[..., TrainConfig],
-    make_dataset: Callable[..., Dataset],
-    tmp_path: Path,
-) -> Prepare:
+def prepared(base: Path, make_run: Callable[..., Run]) -> Prepare:
     def make(device: str = "cpu", **settings: Any) -> Run:
-        model: PreTrainedModel = load_model(base, device=device, compute_dtype=torch.float32)
-        return prepare(
-            model, encoder, make_dataset(12), config(batch_size=12, **settings), lambda _: None, output_dir=tmp_path,
-            validation=None, sample_prompts=(), base_model=None, adapter=None,
-        )  # fmt: skip
+        model = load_model(base, device=device, compute_dtype=torch.float32)
+        return make_run(12, model=model, batch_size=12, **settings)
 
     return make
 

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
 
-from qlora_core import Dataset, TextEncoder, TrainConfig
 from qlora_core.train.memory.out_of_memory import out_of_memory
-from qlora_core.train.run import Run, prepare
+from qlora_core.train.run import Run
 
 
 @pytest.fixture
-def prepared(
-    load: Callable[[], PreTrainedModel],
-    encoder: TextEncoder,
-    config: Callable[..., TrainConfig],
-    make_dataset: Callable[..., Dataset],
-    tmp_path: Path,
-) -> Run:
-    return prepare(
-        load(), encoder, make_dataset(9), config(optimizer="adamw_8bit", gradient_checkpointing=True),
-        lambda _: None, output_dir=tmp_path, validation=None, sample_prompts=(), base_model=None, adapter=None,
-    )  # fmt: skip
+def prepared(make_run: Callable[..., Run]) -> Run:
+    return make_run(9, optimizer="adamw_8bit", gradient_checkpointing=True)
 
 
 def test_smaller_passes_are_not_advised_where_one_example_alone_has_failed(prepared: Run) -> None:

@@ -24,7 +24,7 @@ from qlora_core.train import (
     ValidationMetrics,
 )
 from qlora_core.train.progress import Progress
-from qlora_core.train.run import Run, prepare
+from qlora_core.train.run import Run
 from qlora_core.train.step import take_step
 from tests.qlora_core.train.memory.memory_cap import MemoryCap
 
@@ -227,17 +227,8 @@ def test_the_most_frugal_form_that_does_not_fit_ends_the_run_and_says_what_takes
 
 
 @pytest.fixture
-def prepared(
-    load: Callable[[], PreTrainedModel],
-    encoder: TextEncoder,
-    config: Callable[..., TrainConfig],
-    make_dataset: Callable[..., Dataset],
-    tmp_path: Path,
-) -> Run:
-    return prepare(
-        load(), encoder, make_dataset(9), config(), lambda _: None, output_dir=tmp_path,
-        validation=None, sample_prompts=(), base_model=None, adapter=None,
-    )  # fmt: skip
+def prepared(make_run: Callable[..., Run]) -> Run:
+    return make_run(9)
 
 
 def test_a_step_of_the_optimizer_is_never_repeated(prepared: Run) -> None:

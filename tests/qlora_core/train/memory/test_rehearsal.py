@@ -15,22 +15,12 @@ from qlora_core.errors import OutOfMemoryError
 from qlora_core.nn import LoraConfig
 from qlora_core.train import Event, Notice
 from qlora_core.train.memory.rehearsal import rehearse
-from qlora_core.train.run import Run, prepare
+from qlora_core.train.run import Run
 
 
 @pytest.fixture
-def prepared(
-    load: Callable[[], PreTrainedModel],
-    encoder: TextEncoder,
-    config: Callable[..., TrainConfig],
-    make_dataset: Callable[..., Dataset],
-    tmp_path: Path,
-) -> Run:
-    settings = config(lora=LoraConfig(r=4, dropout=0.3), gradient_checkpointing=True)
-    return prepare(
-        load(), encoder, make_dataset(9), settings, lambda _: None, output_dir=tmp_path,
-        validation=None, sample_prompts=(), base_model=None, adapter=None,
-    )  # fmt: skip
+def prepared(make_run: Callable[..., Run]) -> Run:
+    return make_run(9, lora=LoraConfig(r=4, dropout=0.3), gradient_checkpointing=True)
 
 
 def test_it_changes_neither_weights_nor_moments_nor_random_states(prepared: Run) -> None:
