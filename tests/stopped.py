@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -14,10 +14,15 @@ def stopped(server: postgres.Postgres) -> Iterator[None]:
     """Stop every process of a server, and let them go on at the end."""
     root = psutil.Process(server.process.pid)
     processes = [root, *root.children(recursive=True)]
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
+    _send(signal.SIGSTOP, processes)
     try:
         yield
     finally:
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
+        _send(signal.SIGCONT, processes)
+
+
+def _send(number: signal.Signals, processes: list[psutil.Process]) -> None:
+    for process in processes:
+        # PostgreSQL's helpers come and go by themselves.
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
